@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Phantom corpus -> shards -> CCL-MPC on two processes -> evaluation on held-out cases -> report.
+demo: setup
+	rm -rf data/phantom runs/demo
+	$(BIN)/cclmpc shard 48 --format phantom --out data/phantom --labelled 4 --val-last 8
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m cclmpc_dist train configs/demo.yaml
+	$(BIN)/cclmpc eval runs/demo
+	$(BIN)/cclmpc report runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not cluster and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv data/phantom runs/demo

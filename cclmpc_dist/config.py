@@ -1,0 +1,330 @@
+"""Every setting: typed, documented, validated. YAML plus `key=value`; nothing reads a raw dict after `load`."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from cclmpc_dist.errors import InputError
+
+Fraction = float  # in [0, 1]; bounded where it is used
+
+
+class Settings(BaseModel):
+    """A frozen section. A field's description is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _fraction(default: float, text: str) -> Any:
+    return Field(default, ge=0, le=1, description=text)
+
+
+class Data(Settings):
+    path: str = Field(description="folder that `cclmpc shard` wrote")
+    labelled: int | list[str] | None = Field(None, description="labelled training cases: the first N, or their keys; "
+                                             "unset takes what the shards say")  # fmt: skip
+    select: NonNegativeInt = Field(0, description="labelled cases set aside to choose the best checkpoint on")
+    patch: tuple[PositiveInt, ...] = Field(description="crop size in voxels, one number an axis")
+    batch_labelled: PositiveInt | None = Field(None, description="labelled images a microbatch over ALL ranks; "
+                                               "unset takes max(2, ranks)")  # fmt: skip
+    batch_unlabelled: PositiveInt | None = Field(None, description="unlabelled images a microbatch over ALL ranks; "
+                                                 "unset takes max(2, ranks)")  # fmt: skip
+    oversample_foreground: float = _fraction(0.0, "share of labelled crops that are placed on a foreground voxel")
+    rotate: bool = Field(True, description="random quarter turns in the first two axes")
+    flip: tuple[NonNegativeInt, ...] = Field((0, 1), description="axes flipped at random")
+    workers: NonNegativeInt = Field(1, description="loader processes a rank")
+    block: PositiveInt = Field(16, description="shards shuffled together; a rank reads about this many at once")
+    on_error: Literal["fail", "skip"] = Field("fail", description="an unreadable sample stops the run, or is replaced "
+                                              "by its lane's next one and counted")  # fmt: skip
+
+
+class Views(Settings):
+    """Intensity views [P]; the 3D set of operations and its strengths are [F]."""
+
+    probability: float = _fraction(0.8, "chance that an operation is applied to a view")
+    brightness: NonNegativeFloat = Field(0.4, description="added: uniform in +-brightness standard deviations")
+    contrast: float = _fraction(0.4, "factor about the mean: uniform in 1 +- contrast")
+    gamma: float = _fraction(0.3, "exponent exp(u), u uniform in +-gamma, on the intensities scaled to [0, 1]")
+    noise: NonNegativeFloat = Field(0.1, description="Gaussian noise: standard deviation uniform in [0, noise]")
+    blur: NonNegativeFloat = Field(1.0, description="Gaussian blur: sigma uniform in [0, blur] voxels")
+
+
+class Swin(Settings):
+    """The Transformer decoder: Swin blocks at strides 16, 8 and 4 [F]."""
+
+    depth: PositiveInt = Field(2, description="blocks a stage; every second one shifts its windows")
+    window: tuple[PositiveInt, ...] = Field((7, 7, 5), description="attention window in positions, one number an axis")
+    head_width: PositiveInt = Field(16, description="channels of one attention head")
+
+
+class Model(Settings):
+    filters: PositiveInt = Field(16, description="V-Net channels at full resolution; they double at each of 4 halvings")
+    norm: Literal["batch", "instance", "group", "sync_batch"] = Field("batch", description="normalisation layers")
+    dropout: float = _fraction(0.5, "whole-channel dropout at the bottom and before the last layer")
+    swin: Swin = Swin()
+    projection: PositiveInt = Field(128, description="width of the SBCL projection [F]")
+    embedding: PositiveInt = Field(256, description="width of the CGCL embedding [P]")
+
+
+class Contrast(Settings):
+    temperature: PositiveFloat = Field(0.07, description="tau [P]")
+    n_sbcl: PositiveInt = Field(256, description="SBCL positions an image, the same in both views [F]")
+    n_negatives: PositiveInt = Field(256, description="SBCL negatives taken from each original image [F]")
+    negatives: Literal["all", "other_class"] = Field("all", description="other_class drops negatives whose certain "
+                                                     "class is the anchor's [F]")  # fmt: skip
+    n_cgcl: PositiveInt = Field(64, description="CGCL anchors an image and class, half of them hard [F]")
+    bank: NonNegativeInt = Field(1024, description="bank keys a class; 0 switches the bank off [F]")
+    bank_offer: PositiveInt = Field(16, description="keys an image and class offered to the bank each step, with the "
+                                    "class mean besides [F]")  # fmt: skip
+    exchange: Literal["naive", "keys"] = Field("keys", description="naive builds all logits; keys streams tiles "
+                                               "(same numbers, linear memory)")  # fmt: skip
+    tile: PositiveInt = Field(4096, description="keys visited at a time by the streaming loss")
+
+
+class CCLMPC(Settings):
+    views: Views = Views()
+    contrast: Contrast = Contrast()
+    swin_weight: NonNegativeFloat = Field(0.4, description="weight of the Swin decoder's supervised loss [F]")
+    lambda_con: NonNegativeFloat = Field(0.1, description="weight of l_hdc + l_cp + l_av")
+    lambda_sbcl: NonNegativeFloat = Field(0.1, description="weight of SBCL")
+    lambda_cgcl: NonNegativeFloat = Field(0.1, description="weight of CGCL")
+    t_ramp: float = Field(0.4, gt=0, le=1, description="share of the steps over which consistency ramps up [F]")
+    t_contrast: float = _fraction(0.1, "share of the steps before the contrast starts [F]")
+    gamma_start: float = _fraction(0.75, "normalised entropy below which a pixel is certain, at the start [F]")
+    gamma_end: float = _fraction(0.95, "the same at the end [F]")
+    predictor: Literal["conv", "mean"] = Field("conv", description="answer of the convolutional decoder, or the mean "
+                                               "of both")  # fmt: skip
+
+
+class Optim(Settings):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.01
+    momentum: float = _fraction(0.9, "SGD momentum")
+    weight_decay: NonNegativeFloat = 1e-4
+    clip: NonNegativeFloat = Field(0.0, description="largest gradient norm; 0 does not clip")
+    schedule: Literal["poly", "constant"] = "poly"
+    power: PositiveFloat = Field(0.9, description="poly: lr (1 - t/T)^power")
+    warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    lr_rule: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="scale lr with the global batch over lr_batch"
+    )
+    lr_batch: PositiveInt = Field(4, description="global batch (labelled + unlabelled) that lr is meant for")
+
+
+class Budget(Settings):
+    """Length of training, exactly one of the two."""
+
+    images: PositiveInt | None = Field(None, description="images seen, labelled + unlabelled, over all ranks")
+    epochs: PositiveInt | None = Field(None, description="passes over the unlabelled stream (labelled where alone)")
+
+
+class Checkpoints(Settings):
+    every_steps: NonNegativeInt = Field(500, description="0 saves at the end only")
+    every_minutes: NonNegativeFloat = Field(30.0, description="0 counts no minutes")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept; the best on data.select is kept besides")
+
+
+class Evaluation(Settings):
+    stride: tuple[PositiveInt, ...] | None = Field(None, description="sliding-window stride; unset is half the patch")
+    blend: Literal["uniform", "gaussian"] = "uniform"
+    batch: PositiveInt = Field(4, description="windows a forward pass")
+    every_steps: NonNegativeInt = Field(0, description="validate on data.select every N steps; 0 never")
+
+
+class Config(Settings):
+    name: str = Field(description="the run's folder is runs/<name>", pattern=r"^[\w.\-]+$")
+    runs: str = Field("runs", description="where run folders lie")
+    seed: NonNegativeInt = 1337
+    method: Literal["ccl_mpc", "supervised"] = "ccl_mpc"
+    data: Data
+    model: Model = Model()
+    ccl_mpc: CCLMPC = CCLMPC()
+    optim: Optim = Optim()
+    budget: Budget = Budget(images=24000)
+    accumulate: PositiveInt = Field(1, description="microbatches an optimiser step; losses are those of a microbatch")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast type")
+    channels_last: bool = Field(False, description="channels-last memory layout")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights that evaluation uses; 0 is off")
+    checkpoint: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    log_every: PositiveInt = Field(10, description="steps a log line stands for")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def dims(self) -> int:
+        return len(self.data.patch)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.evaluation.stride or tuple(max(1, size // 2) for size in self.data.patch)
+
+    def batch(self, stream: str, world_size: int) -> int:
+        """Global batch of a stream ("labelled" or "unlabelled")."""
+        size = self.data.batch_labelled if stream == "labelled" else self.data.batch_unlabelled
+        return size or max(2, world_size)
+
+
+MODEL_STRIDE = 16  # the V-Net halves four times
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with `dotted.key=value` overrides.
+
+    Raises InputError with every problem at once, each naming its key.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror}): name a YAML file") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: holds no settings: write `key: value` lines, as configs/demo.yaml does")
+    for item in overrides:
+        _override(raw, item)
+    return parse(raw, str(path))
+
+
+def parse(raw: dict[str, Any], where: str) -> Config:
+    """A validated Config from a raw tree; `where` names it in errors."""
+    try:
+        config, problems = Config.model_validate(raw), []
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        try:  # combinations of what is left are told in the same breath
+            config = Config.model_validate(_without(raw, [item["loc"] for item in error.errors()]))
+        except ValidationError:
+            raise InputError("\n".join(f"{where}: {line}" for line in problems)) from None
+    problems += combinations(config)
+    if problems:
+        raise InputError("\n".join(f"{where}: {line}" for line in problems))
+    return config
+
+
+def combinations(config: Config) -> list[str]:
+    """What each setting allows and all together do not. One line a problem."""
+    problems = []
+    dims = config.dims
+    if dims not in (2, 3):
+        problems.append(f"data.patch has {dims} numbers: give 2 or 3, one an axis")
+    for axis, size in enumerate(config.data.patch):
+        if size % MODEL_STRIDE:
+            near = max(MODEL_STRIDE, round(size / MODEL_STRIDE) * MODEL_STRIDE)
+            problems.append(f"data.patch[{axis}] = {size} is no multiple of the network's {MODEL_STRIDE}: take {near}")
+    for key, value in {"evaluation.stride": config.stride, "model.swin.window": config.model.swin.window}.items():
+        if len(value) != dims:
+            problems.append(f"{key} has {len(value)} numbers and data.patch {dims}: give one an axis")
+    for axis, (step, size) in enumerate(zip(config.stride, config.data.patch, strict=False)):
+        if step > size:
+            problems.append(
+                f"evaluation.stride[{axis}] = {step} is larger than the patch's {size}: voxels would be missed"
+            )
+    for axis in config.data.flip:
+        if axis >= dims:
+            problems.append(f"data.flip names axis {axis} of {dims}: axes count from 0")
+    if (config.budget.images is None) == (config.budget.epochs is None):
+        problems.append("budget needs exactly one of budget.images and budget.epochs")
+    if config.evaluation.every_steps and not config.data.select:
+        problems.append("evaluation.every_steps needs validation cases: set data.select to a number of labelled cases, "
+                        "or evaluation.every_steps to 0")  # fmt: skip
+    narrowest = config.model.filters * 4  # channels of the Swin decoder's last stage
+    if narrowest % config.model.swin.head_width:
+        problems.append(f"model.swin.head_width = {config.model.swin.head_width} does not divide the Swin decoder's "
+                        f"{narrowest} channels: take {math.gcd(narrowest, 16)}")  # fmt: skip
+    return problems
+
+
+def check_world(config: Config, streams: Sequence[str], world_size: int) -> list[str]:
+    """Batches that the ranks cannot share evenly. One line a problem."""
+    problems = []
+    for stream in streams:
+        size = config.batch(stream, world_size)
+        if size % world_size:
+            up = math.ceil(size / world_size) * world_size
+            problems.append(
+                f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
+            )
+    contrast = config.ccl_mpc.contrast
+    offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
+    if config.method == "ccl_mpc" and 0 < contrast.bank < offered:
+        problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
+                        f"take at least {offered}, or 0 for none")  # fmt: skip
+    return problems
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"{item!r}: overrides are written key=value, as in optim.lr=0.01")
+    node = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"{item!r}: {part} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"{item!r}: the value is not YAML") from None
+
+
+def _fields(loc: tuple[int | str, ...]) -> list[str]:
+    """Names valid in the section that `loc` lies in."""
+    section: Any = Config
+    for part in loc[:-1]:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _explain(item: Any) -> str:
+    loc: tuple[int | str, ...] = item["loc"]
+    key = ".".join(str(part) for part in loc if isinstance(part, int) or not part.startswith(("list[", "int", "tuple")))
+    if item["type"] == "extra_forbidden":
+        names = _fields(loc)
+        near = difflib.get_close_matches(str(loc[-1]), names, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+        return f"{key}: unknown setting: {remedy}"
+    if item["type"] == "missing":
+        return f"{key}: missing: set it"
+    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _without(raw: dict[str, Any], locs: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy without the settings at `locs`, so that their defaults stand in."""
+    copy = json.loads(json.dumps(raw, default=str))
+    for loc in locs:
+        node = copy
+        for part in loc:
+            if not isinstance(node, dict) or part not in node:
+                break
+            if isinstance(node[part], dict) and part != loc[-1]:
+                node = node[part]
+                continue
+            del node[part]
+            break
+    return copy
