@@ -1,0 +1,224 @@
+"""The index beside the shards: one column an array, memory-mapped, no Python object a sample.
+
+Columns of `index.safetensors` (n samples in corpus order; offsets in bytes from the start of the shard's
+file):
+    shard (n)                 number of the shard
+    image_at, image_bytes (n) the image's .npy or .npy.zst
+    label_at, label_bytes (n) the label's; bytes 0 where there is none
+    json_at, json_bytes (n)   the sample's JSON
+    dtype (n)                 code of the stored image, see DTYPES
+    shape (n, 1 + dims)       C and S
+    scale, offset (n)         value = offset + scale * stored
+    spacing (n, dims)         mm
+    labelled (n)              1: labelled unless the run's configuration says otherwise;  split (n)  0 train, 1 val
+    key_bytes, key_at (n+1)   UTF-8 names end to end;  key_order (n)  rows sorted by name
+    voxel_at (n * (classes - 1) + 1), voxels (v, dims)  up to FOREGROUND voxels of each sample and class from 1 on
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cclmpc_dist.errors import InputError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.safetensors"
+DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
+FOREGROUND = 64  # voxels kept a sample and class [F]
+TRAIN, VAL = 0, 1
+_TYPES = {"U8": "<u1", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Index:
+    """The samples of a corpus. `index[column]` is a memory-mapped array, `len(index)` the number of
+    samples."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.columns = _columns(path / INDEX)
+        self.identity: str = manifest["index_sha256"]
+        self.classes: int = manifest["classes"]
+        self.channels: int = manifest["channels"]
+        self.dims: int = manifest["dims"]
+        self.compress: str = manifest["compress"]
+
+    @classmethod
+    def open(cls, path: str | Path, check: bool = True) -> "Index":
+        """The index of a folder that `shards.write` made.
+
+        With `check`, the index is hashed and every shard must be there in full size. Raises InputError naming
+        the file.
+        """
+        path = Path(path)
+        index = cls(path, _manifest(path))
+        problems = index.problems() if check else []
+        if problems:
+            raise InputError(problems[0])
+        return index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index.open, (self.path, False)  # a worker maps the arrays itself; they are not sent
+
+    def __len__(self) -> int:
+        return len(self.columns["shard"])
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / self.manifest["shards"][shard]["name"]
+
+    def problems(self) -> list[str]:
+        """One line if the index is not the manifest's, else one for each shard that is missing or of another size."""
+        if sha256(self.path / INDEX) != self.identity:
+            return [f"{self.path / INDEX}: damaged, or the index of another corpus than {MANIFEST}: shard again"]
+        problems = []
+        for number, shard in enumerate(self.manifest["shards"]):
+            path = self.shard_path(number)
+            if not path.is_file():
+                problems.append(f"{path}: missing: copy it beside the index, or shard again")
+            elif path.stat().st_size != shard["bytes"]:
+                size = path.stat().st_size
+                problems.append(
+                    f"{path}: has {size} of {shard['bytes']} bytes: truncated, copy it again or shard again"
+                )
+        return problems
+
+    def key(self, row: int) -> str:
+        start, stop = self["key_at"][row : row + 2]
+        return self["key_bytes"][start:stop].tobytes().decode()
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Rows of the named samples, int64, in the order of `keys`. Raises InputError with the nearest
+        name."""
+        return np.array([self._find(key) for key in keys], np.int64)
+
+    def _find(self, key: str) -> int:
+        order = self["key_order"]
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.key(order[middle]) < key else (low, middle)
+        if low < len(order) and self.key(order[low]) == key:
+            return int(order[low])
+        around = {self.key(row) for row in order[max(0, low - 500) : low + 500]}
+        near = difflib.get_close_matches(key, sorted(around), 1, cutoff=0.0)
+        raise InputError(f"{self.path}: no case {key!r}: did you mean {near[0] if near else 'another corpus'}?")
+
+    def foreground(self, row: int) -> list[np.ndarray]:
+        """Stored foreground voxels of a sample, one (v, dims) array for each class that it has."""
+        first = row * (self.classes - 1)
+        at = self["voxel_at"][first : first + self.classes]
+        return [self["voxels"][a:b] for a, b in pairwise(at.tolist()) if b > a]
+
+
+def save(path: Path, columns: dict[str, np.ndarray], manifest: dict[str, Any]) -> Index:
+    """Write index and manifest, the manifest last: a folder without one is no corpus."""
+    from safetensors.numpy import save as to_bytes
+
+    replace(path / INDEX, to_bytes({name: np.ascontiguousarray(array) for name, array in columns.items()}))
+    manifest = {**manifest, "index_sha256": sha256(path / INDEX)}
+    replace(path / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    return Index.open(path)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file so that it is there in full or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def select(index: Index, labelled: int | Sequence[str] | None, select: int = 0) -> dict[str, np.ndarray]:
+    """Who is in which stream: ascending rows for "labelled", "unlabelled", "select" and "val".
+
+    labelled: the first N labelled training cases, or their keys; None takes what the shards say. `select`
+    cases are cut from the end of them and are in neither stream; "val" cases (the shards' --val-last) are in
+    none. Every other training case is unlabelled, whether or not the shards hold its label. Raises
+    InputError.
+    """
+    train = index["split"] == TRAIN
+    chosen = _chosen(index, labelled, train)
+    if not len(chosen):
+        raise InputError(f"{index.path}: no case is labelled: shard with labels, or set data.labelled")
+    if select >= len(chosen):
+        raise InputError(f"data.select = {select} leaves none of {len(chosen)} labelled cases to train on: lower it")
+    kept, held = chosen[: len(chosen) - select], chosen[len(chosen) - select :]
+    unlabelled = np.flatnonzero(train & ~np.isin(np.arange(len(index)), chosen))
+    streams = {"labelled": kept, "unlabelled": unlabelled, "select": held, "val": np.flatnonzero(~train)}
+    return {name: np.sort(rows).astype(np.int64) for name, rows in streams.items()}
+
+
+def _chosen(index: Index, labelled: int | Sequence[str] | None, train: np.ndarray) -> np.ndarray:
+    """Rows of the labelled training cases, in the order in which they were asked for."""
+    has_label = index["label_bytes"] > 0
+    if labelled is None:
+        return np.flatnonzero(train & (index["labelled"] > 0))
+    if isinstance(labelled, int):
+        rows = np.flatnonzero(train & has_label)
+        if labelled > len(rows):
+            raise InputError(
+                f"data.labelled = {labelled}: only {len(rows)} training cases of {index.path} have a label"
+            )
+        return rows[:labelled]
+    rows = index.find(labelled)
+    for key, row in zip(labelled, rows, strict=True):
+        if not train[row]:
+            raise InputError(f"data.labelled: {key} is a validation case of {index.path}: name a training case")
+        if not has_label[row]:
+            raise InputError(f"data.labelled: {key} has no label in {index.path}: name a case that has one")
+    if len(set(rows.tolist())) < len(rows):
+        raise InputError("data.labelled names a case twice: name each once")
+    return rows
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no corpus here ({MANIFEST} is missing): make one with `cclmpc shard`") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}): shard again") from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise InputError(f"{file}: version {version}, and this program reads {VERSION}: shard again")
+    if not (path / INDEX).is_file():
+        raise InputError(f"{path / INDEX}: missing: shard again")
+    return manifest
+
+
+def _columns(file: Path) -> dict[str, np.ndarray]:
+    """Views into the memory-mapped safetensors file: an 8-byte length, a JSON header, the arrays' bytes."""
+    data = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    try:
+        length = int(data[:8].view("<u8")[0])
+        header = json.loads(data[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        body = data[8 + length :]
+        return {name: _view(body, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, IndexError):
+        raise InputError(f"{file}: not an index: shard again") from None
+
+
+def _view(body: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
+    start, stop = entry["data_offsets"]
+    return body[start:stop].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -1,0 +1,267 @@
+"""Samples -> batches: crops, turns and flips on the host, intensities on the device.
+
+Layout: B batch (b a rank's part of it), C channels, S spatial.
+"""
+
+import ctypes
+import math
+import mmap
+import multiprocessing.connection
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cclmpc_dist.data import draws
+from cclmpc_dist.data.index import Index
+from cclmpc_dist.data.order import Order, rank_lanes
+from cclmpc_dist.data.reader import Reader, copy_rows, region
+from cclmpc_dist.errors import InputError
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Where a crop lies, and how it is turned.
+
+    It takes `size` voxels from voxel `start` of the stored volume, turns them by `turns` quarters in the first
+    two axes (from the first towards the second, as numpy.rot90), then flips the axes `flips`.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    turns: int
+    flips: tuple[int, ...]
+
+    def turned(self, region: np.ndarray) -> np.ndarray:
+        """A view (..., *patch) of a stored region (..., *size): turned, then flipped."""
+        lead = region.ndim - len(self.size)
+        if self.turns:
+            region = np.rot90(region, self.turns, (lead, lead + 1))
+        return np.flip(region, tuple(lead + axis for axis in self.flips)) if self.flips else region
+
+
+class Buffers:
+    """Memory for batches, used again once nothing refers to a batch: fresh pages cost more than the crops in them."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Buffers, ()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        block = free.pop() if free else mmap.mmap(-1, size)
+        lease = (ctypes.c_char * size).from_buffer(block)  # arrays and tensors over it keep it alive
+        weakref.finalize(lease, free.append, block).atexit = False
+        return np.frombuffer(memoryview(lease), dtype).reshape(shape)
+
+
+class Stream:
+    """One endless stream of crops, the labelled or the unlabelled.
+
+    index: the corpus. name: part of every draw's key. samples: index rows, ascending. batch: G, over all
+    ranks. patch: voxels an axis. oversample: share of crops centred on a foreground voxel of the index, for
+    labelled streams only. rotate: quarter turns in the first two axes (patches of unequal sides take the
+    region that fills them). flip: axes, each flipped with chance 1/2. on_error: "skip" replaces an unreadable
+    sample by its lane's next readable one, keeping its draws.
+    """
+
+    def __init__(
+        self, index: Index, name: str, samples: np.ndarray, batch: int, seed: int, patch: Sequence[int], *,
+        block: int = 16, oversample: float = 0.0, rotate: bool = True, flip: Sequence[int] = (0, 1),
+        with_label: bool = False, on_error: Literal["fail", "skip"] = "fail",
+    ) -> None:  # fmt: skip
+        if len(patch) != index.dims:
+            raise InputError(
+                f"data.patch has {len(patch)} numbers, {index.path} has {index.dims} axes: give one an axis"
+            )
+        assert with_label or not oversample, "foreground voxels come from labels, which this stream may not use"
+        self.index, self.name, self.seed, self.patch = index, name, seed, tuple(patch)
+        self.oversample, self.rotate, self.flip = oversample, rotate, tuple(flip)
+        self.with_label, self.on_error = with_label, on_error
+        self.order = Order(samples, index["shard"][samples], batch, seed, name, block, index.identity)
+        self._reader, self._buffers = Reader(index), Buffers()
+
+    def batch(self, step: int, lanes: Sequence[int]) -> Batch:
+        """The crops of some lanes at a global step.
+
+        image: (b, C, *patch) as stored (float32, scale 1, offset 0 where stored types differ); scale, offset:
+        (b,) float32; label: (b, *patch) uint8, with_label only; key: (b,) int64 for draws; lane: (b,) int64;
+        skipped: int, samples passed over. Raises InputError naming shard and case.
+        """
+        epoch, t = self.order.place(step)
+        places = [self.order.lane(epoch, t, lane) for lane in lanes]
+        keys = torch.tensor([draws.key(self.seed, self.name, epoch, p) for _, p in places])
+        numbers = self._numbers(keys)
+        samples = [self._read(row, epoch, t, lane) for (row, _), lane in zip(places, lanes, strict=True)]
+        crops = [self._crop(sample.row, u) for sample, u in zip(samples, numbers, strict=True)]
+        skipped = sum(sample.passed for sample in samples)
+        return self._cut(samples, crops) | {"key": keys, "lane": torch.tensor(list(lanes)), "skipped": skipped}
+
+    def draw(self, step: int, lane: int) -> tuple[int, Crop]:
+        """Index row and crop of one lane at a global step, where no sample is passed over."""
+        epoch, t = self.order.place(step)
+        row, p = self.order.lane(epoch, t, lane)
+        numbers = self._numbers(torch.tensor([draws.key(self.seed, self.name, epoch, p)]))
+        return row, self._crop(row, numbers[0])
+
+    def _numbers(self, keys: Tensor) -> list[list[float]]:
+        """All draws of a batch in one call: turn; flip and start of each axis; foreground or not, class, voxel."""
+        return draws.uniform(keys, "geometry", 4 + 2 * self.index.dims).tolist()
+
+    def _crop(self, row: int, u: list[float]) -> Crop:
+        dims = self.index.dims
+        turns = int(4 * u[0]) if self.rotate else 0
+        size = (self.patch[1], self.patch[0], *self.patch[2:]) if turns % 2 else self.patch
+        flips = tuple(axis for axis in self.flip if u[1 + axis] < 0.5)
+        slack = [int(full) - part for full, part in zip(self.index["shape"][row, 1:], size, strict=True)]
+        target = self._target(row, u[-3:])
+        if target is None:
+            wanted = [int(v * (s + 1)) for v, s in zip(u[1 + dims : 1 + 2 * dims], slack, strict=True)]
+        else:
+            wanted = [int(v) - part // 2 for v, part in zip(target, size, strict=True)]
+        start = tuple(min(max(w, 0), s) if s >= 0 else -(-s // 2) for w, s in zip(wanted, slack, strict=True))
+        return Crop(start, size, turns, flips)
+
+    def _target(self, row: int, u: list[float]) -> np.ndarray | None:
+        """The foreground voxel to centre on, each class alike, or None."""
+        if u[0] >= self.oversample:
+            return None
+        classes = self.index.foreground(row)
+        if not classes:
+            return None
+        voxels = classes[int(u[1] * len(classes))]
+        return voxels[int(u[2] * len(voxels))]
+
+    def _read(self, row: int, epoch: int, t: int, lane: int) -> "_Sample":
+        """The sample, or with on_error "skip" the lane's next one that can be read."""
+        for passed in range(self.order.steps):
+            row = self.order.lane(epoch, (t + passed) % self.order.steps, lane)[0] if passed else row
+            try:
+                label = self._reader.label(row) if self.with_label else None
+                return _Sample(row, self._reader.image(row), label, passed)
+            except InputError as error:
+                if self.on_error == "fail":
+                    raise
+                problem = error
+        raise InputError(f"no readable sample is left in lane {lane} of the {self.name} stream; the last: {problem}")
+
+    def _cut(self, samples: "list[_Sample]", crops: list[Crop]) -> Batch:
+        """Copy each crop once, from the map into the batch."""
+        mixed = len({sample.image.dtype for sample in samples}) > 1
+        dtype = np.dtype(np.float32) if mixed else samples[0].image.dtype
+        image = self._buffers.empty((len(samples), self.index.channels, *self.patch), dtype)
+        label = self._buffers.empty((len(samples), *self.patch), np.dtype(np.uint8)) if self.with_label else None
+        for i, (sample, crop) in enumerate(zip(samples, crops, strict=True)):
+            stored = self._reader.normalised(sample.row) if mixed else sample.image
+            fill = 0 if mixed else self._reader.background(sample.row)
+            copy_rows(image[i], crop.turned(region(stored, crop.start, crop.size, fill)))
+            if label is not None and sample.label is not None:
+                copy_rows(label[i], crop.turned(region(sample.label, crop.start, crop.size, 0)))
+        rows = [sample.row for sample in samples]
+        scale = np.ones(len(rows)) if mixed else self.index["scale"][rows]
+        offset = np.zeros(len(rows)) if mixed else self.index["offset"][rows]
+        arrays = {"image": image, "scale": scale.astype(np.float32), "offset": offset.astype(np.float32)}
+        arrays |= {"label": label} if label is not None else {}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample as read: image (C, *S) as stored, label (*S), how many unreadable ones were passed over."""
+
+    row: int
+    image: np.ndarray
+    label: np.ndarray | None
+    passed: int
+
+
+class _Steps(Dataset):
+    """A rank's batches, by step. An InputError comes as its message, so that the main process raises it as it was."""
+
+    def __init__(self, stream: Stream, lanes: range, start: int, steps: int) -> None:
+        self.stream, self.lanes, self.start, self.steps = stream, lanes, start, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch | str:
+        try:
+            return self.stream.batch(self.start + step, self.lanes)
+        except InputError as error:
+            return str(error)
+
+
+def loader(
+    stream: Stream,
+    start_step: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 1,
+    group: int = 1,
+) -> Iterator[Batch]:
+    """Batches of global steps start_step .. start_step + steps - 1 for one rank, in order, as Stream.batch
+    gives them.
+
+    workers: processes that read ahead; they start from a clean fork server, since forking beside torch's
+    threads can hang. Raises InputError.
+    """
+    lanes = rank_lanes(stream.order.batch_size, rank, world, group)
+    # A generator of its own: the DataLoader seeds workers from the global one, which dropout needs unmoved on resume.
+    batches: DataLoader = DataLoader(
+        _Steps(stream, lanes, start_step, steps), batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+        worker_init_fn=_end_with_parent if workers else None,
+        multiprocessing_context=_context() if workers else None,
+    )  # fmt: skip
+    for batch in batches:
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield batch
+
+
+def _context() -> Any:
+    """A fork server that has imported this module: workers start in no time."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker end when the main process does, killed or not: torch's own watch sees only the fork server."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch on `device`: image float32 (b, C, *patch) = offset + scale * stored, label int64; scale and
+    offset are used up."""
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    scale, offset, image = moved.pop("scale"), moved.pop("offset"), moved["image"]
+    axes = (-1,) + (1,) * (image.ndim - 1)
+    # Two roundings: a fused multiply-add is used for parts of a tensor only, and values would depend on the batch.
+    moved["image"] = image.float().mul(scale.view(axes)).add_(offset.view(axes))
+    if "label" in moved:
+        moved["label"] = moved["label"].long()
+    return moved

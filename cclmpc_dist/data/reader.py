@@ -1,0 +1,173 @@
+"""Volumes and crops out of the shards. Layout: C channels, S spatial."""
+
+import io
+import json
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cclmpc_dist.data.index import DTYPES, Index
+from cclmpc_dist.errors import InputError
+
+MAPPED = 64  # shards kept mapped at a time
+LABEL = len(DTYPES)  # dtype code of labels, beside those of images
+V = TypeVar("V")
+
+
+def recent(cache: "OrderedDict[Any, V]", key: Hashable, make: Callable[[], V], limit: int) -> V:
+    """cache[key], made where it is missing; the least recently used entry above `limit` goes."""
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    value = cache[key] = make()
+    if len(cache) > limit:
+        cache.popitem(last=False)
+    return value
+
+
+@lru_cache(maxsize=4096)
+def npy_header(code: int, shape: tuple[int, ...]) -> bytes:
+    """The bytes before the first voxel of a .npy file of stored type `code` (an index into DTYPES, or
+    LABEL)."""
+    file = io.BytesIO()
+    dtype = np.dtype("u1") if code == LABEL else DTYPES[code]
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+class Reader:
+    """Reads samples through memory maps. One a process: maps are not shared with workers."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, (self.index,)
+
+    def image(self, row: int) -> np.ndarray:
+        """Stored image (C, *S), a read-only view of the map unless the shards are compressed. Raises
+        InputError."""
+        shape = tuple(self.index["shape"][row].tolist())
+        return self._array(row, "image", int(self.index["dtype"][row]), shape)
+
+    def label(self, row: int) -> np.ndarray:
+        """Label (*S), uint8. Raises InputError, also where the sample has none."""
+        if not self.index["label_bytes"][row]:
+            raise InputError(f"{self._where(row)} has no label")
+        return self._array(row, "label", LABEL, tuple(self.index["shape"][row, 1:].tolist()))
+
+    def volume(self, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Stored image (C, *S) and label (*S), None where there is none. Raises InputError naming shard and
+        key."""
+        return self.image(row), self.label(row) if self.index["label_bytes"][row] else None
+
+    def normalised(self, row: int) -> np.ndarray:
+        """Image (C, *S) float32, offset + scale * stored."""
+        scale, offset = np.float32(self.index["scale"][row]), np.float32(self.index["offset"][row])
+        return offset + scale * self.image(row).astype(np.float32)
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """The sample's JSON: key, scale, offset, spacing, affine, patient, normalisation,
+        cropped_by_label."""
+        try:
+            return json.loads(self._bytes(row, "json"))
+        except ValueError:
+            raise InputError(f"{self._where(row)}: its JSON is damaged: copy the shard again") from None
+
+    def crop(self, row: int, start: Sequence[int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Copies of image (C, *size) and label (*size) from voxel `start` on; outside the volume the image
+        holds the stored value nearest to normalised 0 and the label 0."""
+        image, label = self.volume(row)
+        image = region(image, start, size, self.background(row)).copy()
+        return image, None if label is None else region(label, start, size, 0).copy()
+
+    def background(self, row: int) -> float:
+        """The stored value nearest to normalised 0."""
+        dtype = DTYPES[self.index["dtype"][row]]
+        value = -self.index["offset"][row] / self.index["scale"][row]
+        if dtype.kind == "f":
+            return float(value)
+        lowest, highest = (0, 255) if dtype == np.uint8 else (-32768, 32767)
+        return min(max(round(value), lowest), highest)
+
+    def _where(self, row: int) -> str:
+        return f"{self.index.shard_path(int(self.index['shard'][row]))}: case {self.index.key(row)}"
+
+    def _map(self, shard: int) -> mmap.mmap:
+        return recent(self._maps, shard, lambda: self._open(shard), MAPPED)
+
+    def _open(self, shard: int) -> mmap.mmap:
+        path = self.index.shard_path(shard)
+        expected = self.index.manifest["shards"][shard]["bytes"]
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected:  # reading beyond the end of a map would kill the process
+                    raise InputError(f"{path}: has {size} of {expected} bytes: truncated, copy it again or shard again")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
+
+    def _bytes(self, row: int, part: str) -> bytes:
+        start = int(self.index[f"{part}_at"][row])
+        return self._map(int(self.index["shard"][row]))[start : start + int(self.index[f"{part}_bytes"][row])]
+
+    def _array(self, row: int, part: str, code: int, shape: tuple[int, ...]) -> np.ndarray:
+        head = npy_header(code, shape)
+        if self.index.compress == "zstd":
+            buffer: Any = self._decompress(row, part, len(head))
+            start = 0
+        else:
+            buffer, start = self._map(int(self.index["shard"][row])), int(self.index[f"{part}_at"][row])
+        if buffer[start : start + len(head)] != head:
+            raise InputError(
+                f"{self._where(row)}: its {part} is damaged: copy the shard again, or set data.on_error=skip"
+            )
+        dtype = np.dtype(np.uint8) if code == LABEL else DTYPES[code]
+        return np.ndarray(shape, dtype, buffer, start + len(head))
+
+    def _decompress(self, row: int, part: str, head: int) -> bytes:
+        import zstandard
+
+        try:
+            return zstandard.ZstdDecompressor().decompress(self._bytes(row, part))
+        except zstandard.ZstdError as error:
+            raise InputError(
+                f"{self._where(row)}: its {part} cannot be decompressed ({error}): copy the shard again"
+            ) from None
+
+
+def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
+    """`size` voxels of `volume` from `start` on, leading axes beyond those taken whole.
+
+    A view where it lies inside the volume, else a new array that holds `fill` outside.
+    """
+    lead = volume.shape[: volume.ndim - len(size)]
+    spans = [(max(a, 0), min(a + n, limit)) for a, n, limit in zip(start, size, volume.shape[len(lead) :], strict=True)]
+    inside: tuple[Any, ...] = (..., *[slice(low, max(low, high)) for low, high in spans])
+    inner = volume[inside]
+    if inner.shape[len(lead) :] == tuple(size):
+        return inner
+    out = np.full((*lead, *size), fill, volume.dtype)
+    moved: tuple[Any, ...] = (
+        ...,
+        *[slice(low - a, max(low, high) - a) for a, (low, high) in zip(start, spans, strict=True)],
+    )
+    out[moved] = inner
+    return out
+
+
+def copy_rows(out: np.ndarray, view: np.ndarray) -> None:
+    """out[...] = view. Where the last axis of both is contiguous it is copied as one item, which is twice as
+    fast."""
+    if out.dtype == view.dtype and out.strides[-1] == view.strides[-1] == view.itemsize:
+        row = f"V{view.shape[-1] * view.itemsize}"
+        out, view = out.view(row), view.view(row)
+    np.copyto(out, view)

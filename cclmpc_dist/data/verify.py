@@ -1,0 +1,138 @@
+"""Is a corpus what its index says, and what is in it."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, sha256
+from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.errors import InputError
+
+LOOKED_AT = 16  # volumes read for the summary, evenly taken
+
+
+def verify(path: str | Path) -> list[str]:
+    """Every problem of a corpus, one line each: empty when all is well. Reads every byte.
+
+    The index must be the manifest's; each shard must be there, whole, and hash to what was written; its
+    members must be where the index says, finite, of the shapes, types and label range it says.
+    """
+    try:
+        index = Index.open(path, check=False)
+    except InputError as error:
+        return [str(error)]
+    problems = index.problems()
+    if problems and INDEX in problems[0]:
+        return problems
+    for number, shard in enumerate(index.manifest["shards"]):
+        file = index.shard_path(number)
+        if file.is_file() and file.stat().st_size == shard["bytes"]:
+            problems += _shard(index, number, shard["sha256"])
+    return problems
+
+
+def _shard(index: Index, number: int, digest: str) -> Iterator[str]:
+    file = index.shard_path(number)
+    if sha256(file) != digest:
+        yield f"{file}: its bytes are not those that were written (sha256): copy it again or shard again"
+    rows = np.flatnonzero(index["shard"] == number)
+    try:
+        with tarfile.open(file) as tar:
+            found = {member.name: (member.offset_data, member.size) for member in tar}
+    except tarfile.TarError as error:
+        yield f"{file}: not a readable tar ({error}): copy it again or shard again"
+        return
+    for row in rows.tolist():
+        yield from (f"{file}: case {index.key(row)}: {problem}" for problem in _sample(index, row, file, found))
+    expected = len(rows) * 2 + int((index["label_bytes"][rows] > 0).sum())
+    if len(found) != expected:
+        yield f"{file}: holds {len(found)} members, the index names {expected}: shard again"
+
+
+def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]]) -> Iterator[str]:
+    suffix = ".npy.zst" if index.compress == "zstd" else ".npy"
+    shape = tuple(index["shape"][row].tolist())
+    for part, extension in {"image": suffix, "label": suffix, "json": ""}.items():
+        place = (int(index[f"{part}_at"][row]), int(index[f"{part}_bytes"][row]))
+        if not place[1]:
+            continue
+        if found.get(f"{index.key(row)}.{part}{extension}") != place:
+            yield f"its {part} is not where the index says: shard again"
+        elif part == "image":
+            yield from _image(_array(file, place, index.compress), shape, DTYPES[index["dtype"][row]])
+        elif part == "label":
+            yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
+
+
+def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | str:
+    """The member's array, or why it cannot be read."""
+    import zstandard
+
+    with open(file, "rb") as shard:
+        shard.seek(place[0])
+        data = shard.read(place[1])
+    try:
+        data = zstandard.ZstdDecompressor().decompress(data) if compress == "zstd" else data
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, zstandard.ZstdError) as error:
+        return str(error)
+
+
+def _image(image: np.ndarray | str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[str]:
+    if isinstance(image, str):
+        yield f"its image cannot be read ({image}): copy the shard again"
+    elif image.shape != shape or image.dtype != dtype:
+        yield f"its image is {image.dtype} {image.shape}, the index says {dtype} {shape}: shard again"
+    elif not np.isfinite(image).all():
+        yield "its image holds NaN or infinity: repair the source and shard again"
+
+
+def _label(label: np.ndarray | str, shape: tuple[int, ...], classes: int) -> Iterator[str]:
+    if isinstance(label, str):
+        yield f"its label cannot be read ({label}): copy the shard again"
+    elif label.shape != shape or label.dtype != np.uint8:
+        yield f"its label is {label.dtype} {label.shape}, the index says uint8 {shape}: shard again"
+    elif label.max() >= classes:
+        yield f"its label holds {label.max()}, classes end at {classes - 1}: shard again with --classes"
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a person wants to know of a corpus, ready to print or dump as JSON. Raises InputError.
+
+    Intensities (normalised) and class fractions come from `volumes_read` volumes, evenly taken; all else from
+    the index.
+    """
+    index = Index.open(path)
+    rows = np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
+    manifest, shape, spacing = index.manifest, index["shape"][:, 1:], index["spacing"]
+    return {
+        "source": manifest["source"], "compress": index.compress, "cropped_by_label": manifest["cropped_by_label"],
+        "samples": len(index), "with_label": int((index["label_bytes"] > 0).sum()),
+        "labelled": int(index["labelled"].sum()), "val": int((index["split"] == VAL).sum()),
+        "shards": len(manifest["shards"]), "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
+        "channels": index.channels, "classes": index.classes,
+        "size_min": shape.min(0).tolist(), "size_max": shape.max(0).tolist(),
+        "size_median": np.median(shape, axis=0).tolist(),
+        "spacing_min": spacing.min(0).tolist(), "spacing_max": spacing.max(0).tolist(),
+        "stored_as": {str(dtype): int((index["dtype"] == code).sum()) for code, dtype in enumerate(DTYPES)},
+        "volumes_read": len(rows), **_intensities(index, rows),
+        "first_keys": [index.key(row) for row in range(min(5, len(index)))],
+    }  # fmt: skip
+
+
+def _intensities(index: Index, rows: list[int]) -> dict[str, Any]:
+    reader = Reader(index)
+    marks = (0, 1, 50, 99, 100)
+    values = [np.percentile(reader.normalised(row), marks) for row in rows]
+    counts = [
+        np.bincount(reader.label(row).reshape(-1), minlength=index.classes) for row in rows if index["label_bytes"][row]
+    ]
+    fractions = np.sum(counts, axis=0) / np.sum(counts) if counts else np.zeros(index.classes)
+    return {
+        "percentiles": {str(mark): round(float(v), 4) for mark, v in zip(marks, np.mean(values, axis=0), strict=True)},
+        "class_fractions": [round(float(f), 6) for f in fractions],
+    }

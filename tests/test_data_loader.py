@@ -1,0 +1,344 @@
+"""Batches: the same at any world size, any number of workers and after any restart; crops against a plain oracle."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from corpora import numbered, write
+
+from cclmpc_dist.data import bench, draws
+from cclmpc_dist.data.case import Case
+from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.data.order import rank_lanes
+from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.errors import InputError
+
+PATCH = (6, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "corpus", numbered(14, channels=2, kind="scaled"))
+
+
+def stream(index, rows=None, patch=PATCH, batch=4, seed=3, **options):
+    rows = np.arange(len(index)) if rows is None else np.array(rows)
+    return Stream(index, "labelled", rows, batch, seed, patch, **({"with_label": True, "block": 2} | options))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name], name
+
+
+def joined(parts):
+    return {
+        name: torch.cat([part[name] for part in parts]) if torch.is_tensor(value) else sum(part[name] for part in parts)
+        for name, value in parts[0].items()
+    }
+
+
+def oracle(volume, crop, patch, fill):
+    """Turn and flip the whole padded volume, then cut the patch out: by coordinates, a voxel at a time."""
+    out = np.empty((*volume.shape[: volume.ndim - len(patch)], *patch), volume.dtype)
+    for at in np.ndindex(*patch):
+        place = [patch[axis] - 1 - x if axis in crop.flips else x for axis, x in enumerate(at)]
+        x, y = place[:2]
+        for quarter in range(crop.turns):  # rot90 of (n, m): out[x, y] = in[y, m - 1 - x]
+            width = crop.size[1] if (crop.turns - quarter) % 2 else crop.size[0]
+            x, y = y, width - 1 - x
+        place[:2] = x, y
+        place = [x + first for x, first in zip(place, crop.start, strict=True)]
+        inside = all(0 <= x < n for x, n in zip(place, volume.shape[-len(patch) :], strict=True))
+        out[(..., *at)] = volume[(..., *place)] if inside else fill
+    return out
+
+
+@pytest.mark.parametrize("patch", [PATCH, (12, 3, 9), (16, 16, 16)])
+def test_crops_against_the_oracle(corpus, patch):
+    data, reader = stream(corpus, patch=patch, flip=(0, 1, 2)), Reader(corpus)
+    seen = set()
+    for step in range(12):
+        batch = data.batch(step, range(4))
+        for lane in range(4):
+            row, crop = data.draw(step, lane)
+            seen.add((crop.turns, crop.flips))
+            image, label = reader.volume(row)
+            np.testing.assert_array_equal(batch["image"][lane], oracle(image, crop, patch, reader.background(row)))
+            np.testing.assert_array_equal(batch["label"][lane], oracle(label, crop, patch, 0))
+    assert {turns for turns, _ in seen} == {0, 1, 2, 3}
+    assert len({flips for _, flips in seen}) == 8
+
+
+def test_a_turned_crop_is_the_crop_of_the_turned_volume(corpus):
+    """numpy's own rot90 and flip of the whole volume, then a plain slice somewhere."""
+    data, reader = stream(corpus), Reader(corpus)
+    for step in range(8):
+        row, crop = data.draw(step, 0)
+        whole = np.rot90(reader.image(row), crop.turns, (1, 2))
+        whole = np.flip(whole, tuple(axis + 1 for axis in crop.flips))
+        found = data.batch(step, [0])["image"][0].numpy()
+        windows = np.lib.stride_tricks.sliding_window_view(whole, found.shape)
+        assert (windows == found).all(axis=(-1, -2, -3, -4)).any()
+
+
+def test_two_axes(tmp_path):
+    index = write(tmp_path / "out", numbered(5, shape=(12, 9), channels=3))
+    data, reader = stream(index, patch=(6, 8)), Reader(index)
+    for step in range(6):
+        batch = data.batch(step, range(4))
+        assert batch["image"].shape == (4, 3, 6, 8)
+        for lane in range(4):
+            row, crop = data.draw(step, lane)
+            np.testing.assert_array_equal(batch["image"][lane], oracle(reader.image(row), crop, (6, 8), 0))
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it(corpus):
+    data = stream(corpus)
+    batches = [data.batch(step, range(4)) for step in range(6)]
+    for step, batch in enumerate(batches):
+        same(batch, stream(corpus).batch(step, range(4)))
+    kept = batches[1]["image"][2, 0, 1:].flatten(0)[3:]
+    values = kept.clone()
+    del batch, batches
+    blocks = sum(map(len, data._buffers._free.values()))
+    assert blocks == 11, "all but the one that a view is left of"
+    for step in range(20, 40):
+        data.batch(step, range(4))
+    assert torch.equal(kept, values)
+    assert sum(map(len, data._buffers._free.values())) == blocks
+
+
+def test_patch_of_another_number_of_axes_is_refused(corpus):
+    with pytest.raises(InputError, match=r"data\.patch has 2 numbers"):
+        stream(corpus, patch=(4, 4))
+
+
+def test_crops_reach_every_place(corpus):
+    data = stream(corpus, rows=[0], patch=(7, 7, 7), batch=1, rotate=False, flip=())
+    starts = {data.draw(step, 0)[1].start for step in range(200)}
+    assert starts == {(x, y, 0) for x in range(3) for y in range(2)}
+
+
+def test_a_small_volume_lies_in_the_middle(corpus):
+    data = stream(corpus, rows=[0], patch=(12, 10, 7), batch=1, rotate=False)
+    row, crop = data.draw(0, 0)
+    assert corpus["shape"][row].tolist() == [2, 9, 8, 7]
+    assert crop.start == (-1, -1, 0)
+
+
+def test_foreground_oversampling(tmp_path):
+    image = np.zeros((1, 20, 20, 20), np.float32)
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[0, 10, 19] = 1
+    label[10:12, 3, 3] = 2
+    index = write(tmp_path / "out", [Case("a", image, label, (1.0,) * 3)])
+
+    def share(oversample):
+        data = stream(index, patch=(4, 3, 5), batch=1, oversample=oversample)
+        found = [set(np.unique(data.batch(step, [0])["label"])) - {0} for step in range(120)]
+        return [np.mean([c in classes for classes in found]) for c in (1, 2)]
+
+    assert sum(share(1.0)) == 1
+    assert min(share(1.0)) > 0.3, "each class alike, however small"
+    assert 0.3 < sum(share(0.5)) < 0.7
+    assert sum(share(0.0)) < 0.2
+
+
+def test_a_stream_without_labels_may_not_use_them(corpus):
+    data = stream(corpus, with_label=False)
+    assert "label" not in data.batch(0, range(4))
+    with pytest.raises(AssertionError):
+        stream(corpus, with_label=False, oversample=0.1)
+
+
+def test_keys_are_those_of_seed_stream_epoch_and_position(corpus):
+    data = stream(corpus)
+    epoch, t = 2, 1
+    batch = data.batch(epoch * data.order.steps + t, [1, 3])
+    expected = [draws.key(3, "labelled", epoch, lane * data.order.steps + t) for lane in (1, 3)]
+    assert batch["key"].tolist() == expected
+    assert batch["lane"].tolist() == [1, 3]
+    assert batch["skipped"] == 0
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_global_batch_is_the_same_at_any_world_size(corpus, world):
+    one = list(loader(stream(corpus), 0, 9, workers=0))
+    ranks = [list(loader(stream(corpus), 0, 9, rank, world, workers=0)) for rank in range(world)]
+    for step, whole in enumerate(one):
+        same(joined([rank[step] for rank in ranks]), whole)
+
+
+def test_a_restart_at_another_world_size_goes_on(corpus):
+    whole = list(loader(stream(corpus), 0, 12, workers=0))
+    first = stream(corpus)
+    done = [joined([first.batch(step, rank_lanes(4, rank, 2)) for rank in range(2)]) for step in range(5)]
+    state = first.order.state(5)
+    second = stream(Index.open(corpus.path))
+    start = second.order.position(state)
+    ranks = [list(loader(second, start, 7, rank, 4, workers=0)) for rank in range(4)]
+    rest = [joined(parts) for parts in zip(*ranks, strict=True)]
+    for found, expected in zip(done + rest, whole, strict=True):
+        same(found, expected)
+
+
+def test_worker_processes_give_the_same_batches(corpus):
+    before = torch.get_rng_state()
+    found = list(loader(stream(corpus), 2, 7, 1, 2, workers=2))
+    assert torch.equal(torch.get_rng_state(), before), "dropout's generator belongs to the model"
+    expected = list(loader(stream(corpus), 2, 7, 1, 2, workers=0))
+    assert len(found) == 7
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+
+
+KILLED = """
+import multiprocessing, sys
+import numpy as np
+from cclmpc_dist.data.index import Index
+from cclmpc_dist.data.loader import Stream, loader
+
+if __name__ == "__main__":
+    stream = Stream(Index.open(sys.argv[1]), "u", np.arange(4), 2, 1, (4, 4, 4))
+    batches = loader(stream, 0, 10**6, workers=1)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    sys.stdin.read()
+"""
+
+
+def alive(pid):
+    """Zombies, which nobody may be there to reap, are not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_end_with_a_killed_main_process(corpus, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "killed.py", corpus.path]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as main:
+        (worker,) = map(int, main.stdout.readline().split())
+        assert alive(worker)
+        main.kill()
+    for _ in range(200):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its main process")
+
+
+def damaged(tmp_path, rows, count=6):
+    index = write(tmp_path / "out", numbered(count))
+    for row in rows:
+        with open(index.shard_path(int(index["shard"][row])), "r+b") as file:
+            file.seek(int(index["image_at"][row]))
+            file.write(b"XXXX")
+    return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_ends_the_run_in_one_line(tmp_path, workers):
+    index = damaged(tmp_path, [2])
+    with pytest.raises(InputError) as error:
+        list(loader(stream(index), 0, 10, workers=workers))
+    assert str(error.value).startswith(
+        f"{index.shard_path(int(index['shard'][2]))}: case case-002: its image is damaged"
+    )
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_damaged_sample_is_passed_over(tmp_path):
+    index = damaged(tmp_path, [2])
+    data, whole = stream(index, batch=2, on_error="skip"), stream(index, batch=2)
+    passed = 0
+    for step in range(2 * data.order.steps):
+        batch = data.batch(step, range(2))
+        rows = [whole.draw(step, lane)[0] for lane in range(2)]
+        epoch, t = data.order.place(step)
+        passed += batch["skipped"]
+        assert batch["skipped"] == rows.count(2)
+        for lane, row in enumerate(rows):
+            u = data._numbers(batch["key"][lane : lane + 1])[0]
+            taken = row if row != 2 else data.order.lane(epoch, (t + 1) % data.order.steps, lane)[0]
+            crop = data._crop(taken, u)
+            expected = oracle(Reader(index).image(taken), crop, PATCH, 0)
+            np.testing.assert_array_equal(batch["image"][lane], expected)
+    assert passed == 2
+
+
+def test_a_lane_with_nothing_readable(tmp_path):
+    index = damaged(tmp_path, range(4), count=4)
+    with pytest.raises(InputError, match=r"no readable sample is left in lane 0 of the labelled stream.*case-00"):
+        stream(index, batch=2, on_error="skip").batch(0, range(2))
+
+
+def test_to_device_gives_normalised_float32_and_int64(corpus):
+    data, reader = stream(corpus), Reader(corpus)
+    batch = to_device(data.batch(0, range(4)), "cpu")
+    assert (batch["image"].dtype, batch["label"].dtype) == (torch.float32, torch.int64)
+    assert "scale" not in batch
+    for lane in range(4):
+        row, crop = data.draw(0, lane)
+        expected = oracle(reader.normalised(row), crop, PATCH, 0)
+        np.testing.assert_array_equal(batch["image"][lane], expected)
+
+
+def test_stored_types_may_mix(tmp_path):
+    cases = numbered(2, kind="scaled") + [
+        Case(f"x-{case.key}", case.image, case.label, case.spacing) for case in numbered(2, kind="float32")
+    ]
+    index = write(tmp_path / "out", cases)
+    assert sorted(index["dtype"]) == [0, 0, 2, 2]
+    data, reader = stream(index), Reader(index)
+    batch = data.batch(0, range(4))
+    assert batch["image"].dtype == torch.float32
+    assert batch["scale"].tolist() == [1] * 4
+    for lane, values in enumerate(to_device(batch, "cpu")["image"]):
+        row, crop = data.draw(0, lane)
+        np.testing.assert_array_equal(values, oracle(reader.normalised(row), crop, PATCH, 0))
+
+
+def test_compressed_shards_give_the_same_batches(tmp_path):
+    plain, packed = (write(tmp_path / name, numbered(6), compress=name) for name in ("none", "zstd"))
+    for step in range(4):
+        same(stream(plain).batch(step, range(4)), stream(packed).batch(step, range(4)))
+
+
+def test_streams_of_a_selection_do_not_meet(corpus):
+    rows = select(corpus, 4, 1)
+    labelled, unlabelled = stream(corpus, rows["labelled"]), stream(corpus, rows["unlabelled"], with_label=False)
+    drawn = [{data.draw(step, lane)[0] for step in range(12) for lane in range(4)} for data in (labelled, unlabelled)]
+    assert drawn == [{0, 1, 2}, set(range(4, 14))]
+
+
+def test_bench_compares_in_one_run():
+    records = bench.bench_loader(patch=(16, 16, 8), cases=2, repeats=1, steps=2, size=24)
+    rates = {r["variant"]: r["value"] for r in records if r["metric"] == "rate"}
+    assert set(rates) == {"gzip_h5", "shards", "shards_zstd", "memcpy"}
+    assert min(rates.values()) > 0
+    for r in records:
+        if r["metric"] == "over gzip_h5":
+            assert r["value"] == pytest.approx(rates[r["variant"]] / rates["gzip_h5"])
+        if r["metric"] == "share of memcpy":
+            assert r["value"] == pytest.approx(rates[r["variant"]] / rates["memcpy"])
+
+
+def test_the_rival_makes_the_same_kind_of_crop(tmp_path):
+    path = bench._write_h5(tmp_path, numbered(1, shape=(12, 11, 9))[0])
+    image, label = bench.h5_crop(path, (8, 12, 9), np.random.default_rng(0))
+    assert (image.shape, image.dtype) == ((1, 8, 12, 9), torch.float32)
+    assert (label.shape, label.dtype) == ((8, 12, 9), torch.int64)
