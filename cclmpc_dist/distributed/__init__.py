@@ -1,0 +1,1 @@
+"""Processes: who am I, the exchange between ranks, sums over them."""

@@ -1,0 +1,1 @@
+"""Loss terms as local sums and counts, and what the contrastive ones need."""

@@ -1,0 +1,146 @@
+"""`cclmpc bench contrast`: time, memory and agreement of the naive and the streamed contrast, forward and
+backward.
+
+Each measurement runs in a process of its own, so that one variant's memory never hides in another's. CPU,
+float32.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
+from cclmpc_dist.losses.terms import Additive
+
+CASES = ("sbcl", "cgcl")
+TEMPERATURE = 0.07
+MIB = 2**20
+Record = dict[str, Any]
+
+
+def bench_contrast(
+    anchors: int = 2048,
+    keys: int = 65536,
+    features: int = 256,
+    classes: int = 2,
+    tiles: Sequence[int] = (4096,),
+    repeats: int = 3,
+    threads: int = 1,
+) -> list[Record]:
+    """Records of both cases: "sbcl", all keys with gradient; "cgcl", `anchors` live keys and a bank for the
+    rest.
+
+    Each variant has seconds (median of `repeats`, forward and backward), peak_extra_mib (resident memory
+    above inputs, gradients and imports, at its peak in one step). A streamed one has the ratios of both to
+    naive's besides, the last one also the largest relative differences of value and gradients (norm of the
+    difference over the norm).
+    """
+    size = {"anchors": anchors, "keys": keys, "features": features, "classes": classes}
+    records = []
+    for case in CASES:
+        naive = _measure(case, "naive", 0, size, repeats, threads)
+        records += _records(case, "naive", naive)
+        for tile in tiles:
+            streamed = _measure(case, "keys", tile, size, repeats, threads)
+            streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in naive}
+            records += _records(case, f"keys, tile {tile}", streamed)
+        records += _records(case, f"keys, tile {tiles[-1]}", _differences(case, tiles[-1], size))
+    return records
+
+
+def _records(case: str, variant: str, metrics: dict[str, float]) -> list[Record]:
+    units = {"seconds": "s", "peak_extra_mib": "MiB"}
+    return [
+        {
+            "bench": "contrast",
+            "case": case,
+            "variant": variant,
+            "metric": name,
+            "value": value,
+            "unit": units.get(name, "1"),
+        }
+        for name, value in metrics.items()
+    ]
+
+
+def _measure(case: str, exchange: str, tile: int, size: dict[str, int], repeats: int, threads: int) -> dict[str, float]:
+    job = {"case": case, "exchange": exchange, "tile": tile, "size": size, "repeats": repeats, "threads": threads}
+    command = [sys.executable, "-m", __name__, json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _differences(case: str, tile: int, size: dict[str, int]) -> dict[str, float]:
+    (naive, naive_grads), (streamed, streamed_grads) = (
+        _step(case, exchange, tile, _inputs(case, **size)) for exchange in ("naive", "keys")
+    )
+    apart = [float((x - y).norm() / y.norm()) for x, y in zip(streamed_grads, naive_grads, strict=True)]
+    return {
+        "value_difference": abs(float(streamed - naive) / float(naive)),
+        "gradient_difference": max(apart),
+    }
+
+
+def _inputs(case: str, anchors: int, keys: int, features: int, classes: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> Tensor:
+        return normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+    if case == "sbcl":
+        shapes = {"anchors": (anchors, features), "positives": (anchors, features), "negatives": (keys, features)}
+        return {name: unit(*shape).requires_grad_() for name, shape in shapes.items()}
+    rows = classes, anchors // classes
+    stored = classes, (keys - anchors) // classes
+    return {
+        "anchors": unit(*rows, features).requires_grad_(),
+        "anchor_valid": torch.rand(rows, generator=generator) < 0.9,
+        "anchor_id": torch.arange(rows[0] * rows[1]).view(rows),
+        "bank_keys": unit(*stored, features),
+        "bank_valid": torch.rand(stored, generator=generator) < 0.9,
+    }
+
+
+def _step(case: str, exchange: Exchange, tile: int, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Value and gradients."""
+    loss: Any = sbcl if case == "sbcl" else cgcl
+    out: Additive = loss(**inputs, temperature=TEMPERATURE, exchange=exchange, tile=tile)
+    value = out.sum / out.count
+    return value.detach(), torch.autograd.grad(value, [x for x in inputs.values() if x.requires_grad])
+
+
+def _memory(field: str) -> int:
+    """Bytes: VmRSS, in memory now, or VmHWM, the most there ever was (Linux; getrusage's would be inherited)."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def _run(
+    case: str, exchange: Exchange, tile: int, size: dict[str, int], repeats: int, threads: int
+) -> dict[str, float]:
+    """The first step, which also warms up, gives the peak; the others the time."""
+    torch.set_num_threads(threads)
+    small = {"anchors": 64, "keys": 256, "features": 8, "classes": size["classes"]}
+    _step(case, exchange, 16, _inputs(case, **small))
+    inputs = _inputs(case, **size)
+    before = _memory("VmRSS")
+    grads = _step(case, exchange, tile, inputs)[1]
+    peak = _memory("VmHWM") - before - sum(x.nbytes for x in grads)
+    del grads
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        _step(case, exchange, tile, inputs)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "peak_extra_mib": peak / MIB}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(**json.loads(sys.argv[1]))))

@@ -1,0 +1,370 @@
+"""SBCL and CGCL against plain loops, streamed against naive, many ranks against one process."""
+
+import math
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cclmpc_dist.distributed.exchange import all_reduce_sum
+from cclmpc_dist.losses import streaming
+from cclmpc_dist.losses.bench import bench_contrast
+from cclmpc_dist.losses.contrast import cgcl, merge_lse, sbcl
+
+TAU = 0.07
+DOUBLE = torch.float64
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(*shape, generator=generator, dtype=DOUBLE), dim=-1)
+
+
+def random_classes(n: int, classes: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-1, classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def logit(a: torch.Tensor, b: torch.Tensor) -> float:
+    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True)) / TAU
+
+
+def sbcl_loop(anchors, positives, negatives, anchor_class=None, negative_class=None) -> float:
+    total = 0.0
+    for i, (a, b) in enumerate(zip(anchors, positives, strict=True)):
+        above = math.exp(logit(a, b))
+        below = above
+        for j, n in enumerate(negatives):
+            if anchor_class is None or anchor_class[i] == -1 or anchor_class[i] != negative_class[j]:
+                below += math.exp(logit(a, n))
+        total -= math.log(above / below)
+    return total
+
+
+def cgcl_loop(anchors, valid, ids, bank, bank_valid) -> tuple[float, int]:
+    """The definition: keys are (class, id or None, vector)."""
+    classes, n = valid.shape
+    keys = [(c, int(ids[c, i]), anchors[c, i]) for c in range(classes) for i in range(n) if valid[c, i]]
+    if bank is not None:
+        keys += [(c, None, bank[c, j]) for c in range(classes) for j in range(bank.shape[1]) if bank_valid[c, j]]
+    total, count = 0.0, 0
+    for own_class, own_id, v in (key for key in keys if key[1] is not None):
+        below = sum(math.exp(logit(v, q)) for c, _, q in keys if c != own_class)
+        pulls = [math.exp(logit(v, p)) for c, i, p in keys if c == own_class and i != own_id]
+        if pulls:
+            total += sum(-math.log(pull / (pull + below)) for pull in pulls) / len(pulls)
+            count += 1
+    return total, count
+
+
+def cgcl_inputs(case: str, classes: int = 3, n: int = 5, m: int = 4, features: int = 4) -> dict:
+    """Anchors of unequal numbers, a bank partly filled, and what `case` empties."""
+    generator = torch.Generator().manual_seed(7)
+    valid = torch.rand(classes, n, generator=generator) < 0.7
+    bank_valid = torch.arange(m) < torch.tensor([3, 0, 4])[:, None]
+    if case == "nothing valid":
+        valid[:], bank_valid[:] = False, False
+    if case == "no anchor but a bank":
+        valid[:] = False
+    if case == "one class alone":
+        valid[1:], bank_valid[1:] = False, False
+    if case == "an anchor without positives":
+        valid[1], bank_valid[1] = torch.arange(n) == 2, False
+    return {
+        "anchors": unit(classes, n, features, seed=1),
+        "anchor_valid": valid,
+        "anchor_id": torch.randperm(classes * n, generator=generator).view(classes, n),
+        "bank_keys": None if case == "no bank" else unit(classes, m, features, seed=2),
+        "bank_valid": None if case == "no bank" else bank_valid,
+    }
+
+
+CASES = ["plain", "no bank", "nothing valid", "no anchor but a bank", "one class alone", "an anchor without positives"]
+
+
+def graded(loss, inputs: dict, name: str, **options) -> tuple:
+    """Sum, count and the gradient of the sum by inputs[name]."""
+    leaf = inputs[name].clone().requires_grad_()
+    out = loss(**{**inputs, name: leaf}, temperature=TAU, **options)
+    return out.sum.detach(), out.count, torch.autograd.grad(out.sum, leaf)[0]
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("case", CASES)
+def test_cgcl_is_its_definition(case, exchange):
+    inputs = cgcl_inputs(case)
+    value, count, gradient = graded(cgcl, inputs, "anchors", exchange=exchange, tile=3)
+    expected, expected_count = cgcl_loop(*inputs.values())
+    assert value.item() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert count.item() == expected_count
+    assert gradient.isfinite().all()
+    if case in ("nothing valid", "no anchor but a bank", "one class alone"):
+        assert value.item() == 0.0
+        assert (gradient == 0).all()
+    if case == "one class alone":
+        assert count.item() == inputs["anchor_valid"].sum()  # no negatives: loss 0, and it counts
+
+
+@pytest.mark.parametrize("tile", [1, 3, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_cgcl_streamed_equals_naive(case, tile):
+    inputs = cgcl_inputs(case)
+    naive = graded(cgcl, inputs, "anchors", exchange="naive", tile=tile)
+    streamed = graded(cgcl, inputs, "anchors", exchange="keys", tile=tile)
+    for got, expected in zip(streamed, naive, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+def test_gradients_through_anchors_and_keys_are_the_numerical_ones(exchange):
+    inputs = cgcl_inputs("plain")
+    anchors, rest = (
+        inputs.pop("anchors").requires_grad_(),
+        {**inputs, "temperature": 0.5, "exchange": exchange, "tile": 3},
+    )
+    assert torch.autograd.gradcheck(lambda v: cgcl(v, **rest).sum, anchors)
+    three = [sbcl_inputs("none")[name].requires_grad_() for name in ("anchors", "positives", "negatives")]
+    assert torch.autograd.gradcheck(lambda *x: sbcl(*x, temperature=0.5, exchange=exchange, tile=4).sum, three)
+
+
+def test_cgcl_gives_the_bank_no_gradient():
+    inputs = cgcl_inputs("plain")
+    bank = inputs["bank_keys"].requires_grad_()
+    for exchange in ("naive", "keys"):
+        anchors = inputs["anchors"].clone().requires_grad_()
+        out = cgcl(**{**inputs, "anchors": anchors}, temperature=TAU, exchange=exchange, tile=2)
+        assert torch.autograd.grad(out.sum, bank, allow_unused=True)[0] is None
+
+
+def sbcl_inputs(classes: str) -> dict:
+    inputs = {"anchors": unit(6, 4, seed=1), "positives": unit(6, 4, seed=2), "negatives": unit(9, 4, seed=3)}
+    if classes == "none":
+        return inputs
+    anchor_class, negative_class = random_classes(6, 3, 1), random_classes(9, 3, 2)
+    if classes == "all alike":
+        anchor_class[1:], negative_class[:] = 1, 1
+    return {**inputs, "anchor_class": anchor_class, "negative_class": negative_class}
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("classes", ["none", "some", "all alike"])
+def test_sbcl_is_its_definition(classes, exchange):
+    inputs = sbcl_inputs(classes)
+    out = sbcl(**inputs, temperature=TAU, exchange=exchange, tile=4)
+    assert out.sum.item() == pytest.approx(sbcl_loop(*inputs.values()), rel=1e-11)
+    assert out.count.item() == 6
+
+
+@pytest.mark.parametrize("name", ["anchors", "positives", "negatives"])
+@pytest.mark.parametrize("classes", ["none", "some", "all alike"])
+@pytest.mark.parametrize("tile", [1, 4, 1000])
+def test_sbcl_streamed_equals_naive(classes, tile, name):
+    inputs = sbcl_inputs(classes)
+    naive = graded(sbcl, inputs, name, exchange="naive", tile=tile)
+    streamed = graded(sbcl, inputs, name, exchange="keys", tile=tile)
+    for got, expected in zip(streamed, naive, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_sbcl_wants_classes_of_both_sides():
+    inputs = sbcl_inputs("some")
+    del inputs["negative_class"]
+    with pytest.raises(ValueError, match="or of neither"):
+        sbcl(**inputs, temperature=TAU, exchange="keys", tile=4)
+
+
+def test_streaming_gradients_are_the_numerical_ones():
+    anchors, keys = unit(3, 4, seed=1).requires_grad_(), unit(5, 4, seed=2).requires_grad_()
+    valid = torch.tensor([True, False, True, True, True])
+    anchor_class, key_class = torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1, 0])
+    base = torch.tensor([1.0, -2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    ids = torch.tensor([7, 8, 9]), torch.tensor([7, 1, 2, 9, 3])
+    assert torch.autograd.gradcheck(
+        lambda a, k: streaming.lse(a, k, valid, 0.5, 2, anchor_class, key_class), (anchors, keys)
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, b, k: streaming.positives(a, b, k, valid, 0.5, 2, *ids)[0], (anchors, base, keys)
+    )
+
+
+def test_positives_count_all_but_invalid_and_own():
+    anchors, keys = unit(2, 4), unit(4, 4, seed=1)
+    valid = torch.tensor([True, True, False, True])
+    own = torch.tensor([5, 6]), torch.tensor([5, 0, 6, 1])
+    base = torch.zeros(2, dtype=DOUBLE)
+    assert streaming.positives(anchors, base, keys, valid, TAU, 2, *own)[1].tolist() == [2, 3]
+    assert streaming.positives(anchors, base, keys, None, TAU, 3, *own)[1].tolist() == [3, 3]
+    assert streaming.positives(anchors, base, keys, valid, TAU, 3)[1].tolist() == [3, 3]
+    assert streaming.positives(anchors, base, keys, None, TAU, 4)[1].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_lse_survives_any_range_of_logits(scale):
+    anchors, keys = unit(4, 8) * scale, unit(50, 8, seed=1)
+    anchors, keys = anchors.float().requires_grad_(), keys.float().requires_grad_()
+    got, expected = streaming.lse(anchors, keys, None, TAU, 7), (anchors @ keys.T / TAU).logsumexp(1)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    grads = [torch.autograd.grad(x.sum(), (anchors, keys)) for x in (got, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_lse_of_nothing():
+    anchors, keys = unit(3, 4).requires_grad_(), unit(5, 4).requires_grad_()
+    nothing = streaming.lse(anchors, keys, torch.zeros(5, dtype=torch.bool), TAU, 2)
+    merged = merge_lse(torch.stack([nothing, nothing]))
+    assert (merged == -torch.inf).all()
+    total, count = streaming.positives(anchors, merged, keys, None, TAU, 2)
+    assert total.tolist() == [0, 0, 0]
+    assert count.tolist() == [5, 5, 5]
+    assert all((grad == 0).all() for grad in torch.autograd.grad(total.sum(), (anchors, keys)))
+
+
+def test_merged_parts_are_the_whole():
+    anchors, keys = unit(3, 4).requires_grad_(), unit(6, 4, seed=1).requires_grad_()
+    valid = torch.tensor([False, False, True, True, True, True])
+    parts = [streaming.lse(anchors, keys[at], valid[at], TAU, 2) for at in (slice(0, 2), slice(2, 3), slice(3, 6))]
+    got, expected = merge_lse(torch.stack(parts)), (anchors @ keys[2:].T / TAU).logsumexp(1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad((x**2).sum(), (anchors, keys)) for x in (got, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+def test_autocast_changes_nothing(exchange):
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in cgcl_inputs("plain").items()}
+    plain = graded(cgcl, inputs, "anchors", exchange=exchange, tile=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = graded(cgcl, inputs, "anchors", exchange=exchange, tile=3)
+    assert under[0].dtype == torch.float32
+    if exchange == "keys":  # plain autograd in backward follows the caller's autocast
+        torch.testing.assert_close(under, plain, rtol=0, atol=0)
+    half = graded(cgcl, {**inputs, "anchors": inputs["anchors"].bfloat16()}, "anchors", exchange=exchange, tile=3)
+    assert half[0].dtype == torch.float32
+    torch.testing.assert_close(half[0], plain[0], rtol=0.05, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements any operation's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_streaming_never_holds_all_logits():
+    n, m, features, tile = 64, 640, 4, 16
+    inputs = {"anchors": unit(n, features), "positives": unit(n, features, seed=1), "negatives": unit(m, features)}
+    peaks = {}
+    for exchange in ("naive", "keys"):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        with Largest() as largest:
+            out = sbcl(**leaves, temperature=TAU, exchange=exchange, tile=tile)
+            torch.autograd.grad(out.sum, list(leaves.values()))
+        peaks[exchange] = largest.elements
+    assert peaks["naive"] == n * m
+    assert peaks["keys"] <= max(n * tile, m * features)
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+def test_nothing_waits_for_the_device(exchange):
+    """A fake tensor has no values: reading one, or a shape that depends on one, raises."""
+    real = cgcl_inputs("plain")
+    with FakeTensorMode():
+        inputs = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in real.items()}
+        anchors = inputs["anchors"].requires_grad_()
+        out = cgcl(**{**inputs, "anchors": anchors}, temperature=TAU, exchange=exchange, tile=3)
+        rows, numbers = anchors[0], torch.zeros(5, dtype=torch.int64)
+        known = {"anchor_class": numbers, "negative_class": numbers}
+        more = sbcl(rows, rows, rows, **known, temperature=TAU, exchange=exchange, tile=3)
+        assert torch.autograd.grad(out.sum + more.sum, anchors)[0].shape == anchors.shape
+
+
+def test_bench_records_tell_what_was_compared():
+    records = bench_contrast(anchors=32, keys=256, features=8, tiles=(64,), repeats=1)
+    assert all(set(r) == {"bench", "case", "variant", "metric", "value", "unit"} for r in records)
+    values = {(r["case"], r["variant"], r["metric"]): r["value"] for r in records}
+    for case in ("sbcl", "cgcl"):
+        naive, streamed = values[case, "naive", "seconds"], values[case, "keys, tile 64", "seconds"]
+        assert values[case, "keys, tile 64", "seconds_over_naive"] == streamed / naive
+        assert values[case, "keys, tile 64", "value_difference"] < 1e-5
+        assert 0 < values[case, "keys, tile 64", "gradient_difference"] < 1e-5
+
+
+# Many ranks against one process -----------------------------------------------------------------------------------
+
+
+def shared_inputs(world: int, idle: bool) -> dict:
+    """Per rank features before a shared linear map, unequal numbers of valid anchors; none on rank 1 if `idle`."""
+    generator = torch.Generator().manual_seed(3)
+    classes, n, m, features = 2, 4, 5, 6
+    valid = torch.rand(world, classes, n, generator=generator) < 0.6
+    valid[1] &= not idle
+    return {
+        "map": torch.randn(features, 4, generator=generator, dtype=DOUBLE),
+        "cells": torch.randn(world, classes, n, features, generator=generator, dtype=DOUBLE),
+        "valid": valid,
+        "ids": torch.randperm(world * classes * n, generator=generator).view(world, classes, n),
+        "bank": unit(classes, m, 4, seed=4),
+        "bank_valid": torch.arange(m) < torch.tensor([[2], [5]]),
+        "negatives": torch.randn(world, m, features, generator=generator, dtype=DOUBLE),
+        "classes": torch.randint(-1, 2, (world, n + m), generator=generator),
+    }
+
+
+def both_losses(weights, cells, valid, ids, negatives, classes, data, exchange) -> list:
+    """SBCL of cell 0 towards cell 1, and CGCL; classes holds those of the anchors, then of the negatives."""
+    anchors, n = normalize(cells @ weights, dim=-1), cells.shape[1]
+    options = {"temperature": TAU, "exchange": exchange, "tile": 3}
+    known = {"anchor_class": classes[:n], "negative_class": classes[n:]}
+    first = sbcl(anchors[0], anchors[1], normalize(negatives @ weights, dim=-1), **known, **options)
+    second = cgcl(anchors, valid, ids, bank_keys=data["bank"], bank_valid=data["bank_valid"], **options)
+    return [first, second]
+
+
+def ranked_losses(rank: int, world: int) -> dict:
+    """W * local sum / world's count and its gradient, per loss, exchange and kind of input."""
+    results = {}
+    for exchange, idle in SETTINGS:
+        data = shared_inputs(world, idle)
+        weights = data["map"].clone().requires_grad_()
+        mine = [data[name][rank] for name in ("cells", "valid", "ids", "negatives", "classes")]
+        for name, part in zip(("sbcl", "cgcl"), both_losses(weights, *mine, data, exchange), strict=True):
+            value = world * part.sum / all_reduce_sum(part.count)
+            gradient = torch.autograd.grad(value, weights, retain_graph=True)[0]
+            results[f"{name} {exchange} {idle}"] = (value.detach(), gradient)
+    return results
+
+
+def one_process_losses(world: int, idle: bool) -> dict:
+    """Value and gradient of the concatenation, by naive."""
+    data = shared_inputs(world, idle)
+    together = [data[name].transpose(0, 1).flatten(1, 2) for name in ("cells", "valid", "ids")]
+    n = data["cells"].shape[2]
+    classes = torch.cat([data["classes"][:, :n].flatten(), data["classes"][:, n:].flatten()])
+    weights = data["map"].clone().requires_grad_()
+    parts = both_losses(weights, *together, data["negatives"].flatten(0, 1), classes, data, "naive")
+    values = {name: part.sum / part.count for name, part in zip(("sbcl", "cgcl"), parts, strict=True)}
+    return {name: (v, torch.autograd.grad(v, weights, retain_graph=True)[0]) for name, v in values.items()}
+
+
+SETTINGS = [("naive", False), ("naive", True), ("keys", False), ("keys", True)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_equal_one_process(world):
+    ranks = run_ranks(ranked_losses, world)
+    for exchange, idle in SETTINGS:
+        for name, (value, gradient) in one_process_losses(world, idle).items():
+            got = [rank[f"{name} {exchange} {idle}"] for rank in ranks]
+            assert sum(v for v, _ in got).item() / world == pytest.approx(value.item(), rel=1e-10)
+            mean = sum(g for _, g in got) / world  # what DDP does
+            assert (mean - gradient).norm() <= 1e-8 * gradient.norm()
