@@ -1,0 +1,1 @@
+"""Whole volumes: sliding window, metrics, per-case tables and the report."""
