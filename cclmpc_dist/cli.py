@@ -1,0 +1,220 @@
+"""`cclmpc`: the verbs, each a few lines. A verb imports what it needs when it runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+
+from cclmpc_dist.errors import InputError
+
+app = typer.Typer(
+    help="Semi-supervised 3D segmentation with CCL-MPC: a corpus becomes shards, shards train a model, "
+    "a run is evaluated and reported.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
+Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
+Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the records are printed anyway")]
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
+    format: Annotated[Literal["la-h5", "phantom"], typer.Option(help="what the corpus is")],
+    out: Annotated[Path, typer.Option(help="new folder for the shards and their index")],
+    list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases and their order")] = None,
+    labelled: Annotated[int | None, typer.Option(min=1, help="the first N training cases count as labelled")] = None,
+    val_last: Annotated[int, typer.Option(min=0, help="the last N cases are for reports only")] = 0,
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="classes with the background; unset looks at the labels")
+    ] = None,
+    shard_mib: Annotated[int, typer.Option(min=1, help="largest shard in MiB")] = 64,
+    compress: Annotated[Literal["none", "zstd"], typer.Option(help="zstd saves space and costs crop speed")] = "none",
+    seed: Annotated[int, typer.Option(help="of the phantom")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="edge of the phantom's volumes in voxels")] = 64,
+) -> None:
+    """Write a corpus as WebDataset shards with an index."""
+    from cclmpc_dist.data import phantom, shards, sources
+
+    if format == "phantom":
+        cases = phantom.cases(_count(source), seed, size)
+    else:
+        cases = sources.FORMATS[format](source, list_file)
+    index = shards.write(
+        cases,
+        out,
+        source=format,
+        classes=classes,
+        labelled=labelled,
+        val_last=val_last,
+        shard_bytes=shard_mib << 20,
+        compress=compress,
+    )
+    counts = index.manifest["counts"]
+    print(f"{out}: {counts['samples']} cases in {len(index.manifest['shards'])} shards, {counts['labelled']} labelled, "
+          f"{counts['val']} for reports only, {index.classes} classes")  # fmt: skip
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> None:
+    """Read every byte of a shard folder and compare it with the index."""
+    from cclmpc_dist.data import verify as room
+
+    problems = room.verify(path)
+    if problems:
+        raise InputError("\n".join(problems))
+    print(f"{path}: every shard is as it was written")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> None:
+    """Say what a shard folder holds, as JSON."""
+    from cclmpc_dist.data import verify as room
+
+    print(json.dumps(room.inspect(path), indent=1))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; configs/ has examples")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in optim.lr=0.01 data.labelled=8")] = None,
+) -> None:
+    """Train, or go on from the newest checkpoint; one process, or a rank under torchrun or accelerate launch."""
+    from cclmpc_dist.config import load
+
+    settings = load(config, overrides or [])
+    from cclmpc_dist.training import preemption, trainer
+
+    preemption.listen()
+    if not trainer.train(settings) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise typer.Exit(
+            PREEMPTED
+        )  # under torchrun's agent the file RUN/preempted says it: any other code restarts the ranks
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in evaluation.stride=[18,18,4]")] = None,
+    checkpoint: Annotated[Literal["last", "best"], typer.Option(help="best: on the cases of data.select")] = "last",
+    split: Annotated[Literal["val", "select", "unlabelled", "labelled"], typer.Option(help="cases to score")] = "val",
+) -> None:
+    """Predict and score whole volumes; alone, or over the ranks of torchrun. Writes RUN/eval/."""
+    from cclmpc_dist.distributed import runtime
+    from cclmpc_dist.evaluation import held_out
+
+    try:
+        rows, _ = held_out.evaluate_run(run, checkpoint, split, overrides or [], _say)
+        if runtime.rank() == 0:
+            _table(rows)
+            print(f"per case: {run / 'eval' / 'cases.csv'}")
+    finally:
+        runtime.stop()
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write RUN/report.html: curves, table, pictures, configuration, machine."""
+    from cclmpc_dist.evaluation import report as room
+
+    print(f"report: {room.report(run)}")
+
+
+@bench.command("loader")
+def bench_loader(
+    la: Annotated[Path, typer.Argument(help="folder of <case>/mri_norm2.h5")],
+    shards: Annotated[Path, typer.Argument(help="the same corpus, sharded")],
+    out: Out = None,
+) -> None:
+    """Crops a second of one core: these shards, UA-MT's way of reading the h5 files, and a bare memcpy."""
+    from cclmpc_dist.data.bench import bench_loader as measure
+
+    _record(measure(la, shards), out)
+
+
+@bench.command("eval")
+def bench_eval(
+    la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,
+    out: Out = None,
+) -> None:
+    """Metrics of whole volumes against medpy: seconds and largest difference."""
+    from cclmpc_dist.evaluation.bench import bench_eval as measure
+
+    _record(measure(la), out)
+
+
+@bench.command("contrast")
+def bench_contrast(
+    anchors: Annotated[int, typer.Option(min=1)] = 2048,
+    keys: Annotated[int, typer.Option(min=1)] = 65536,
+    features: Annotated[int, typer.Option(min=1)] = 256,
+    classes: Annotated[int, typer.Option(min=2)] = 2,
+    out: Out = None,
+) -> None:
+    """Forward and backward of the pixel contrast, all logits at once against streamed: seconds, memory, difference."""
+    from cclmpc_dist.losses.bench import bench_contrast as measure
+
+    _record(measure(anchors, keys, features, classes), out)
+
+
+def _count(source: Path) -> int:
+    if not str(source).isdigit():
+        raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder")
+    return int(str(source))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cclmpc_dist.evaluation.metrics import METRICS, summary
+
+    titles = {metric.column: (metric.title, metric.unit) for metric in METRICS}
+    table = Table("class", "metric", "unit", "mean", "SD", "95 % interval", "cases", "undefined")
+    for entry in summary(rows):
+        interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
+        numbers = f"{entry['mean']:.4f}", f"{entry['sd']:.4f}", interval, str(entry["n"]), str(entry["n_excluded"])
+        table.add_row(str(entry["class"]), *titles[entry["metric"]], *numbers)
+    Console(width=110).print(table)
+
+
+def _record(records: list[dict[str, Any]], out: Path | None) -> None:
+    from cclmpc_dist.training.run import environment
+
+    text = json.dumps({"meta": environment(1), "records": records}, indent=1)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+
+
+def main() -> None:
+    """Run a verb and leave with its exit code: 0 done, 1 failed, 2 bad input, 75 preempted and saved."""
+    # DDP warns whenever a step happens to use every parameter; the search it advises against is needed (runtime.start).
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"cclmpc: {line}", file=sys.stderr, flush=True)
+        code = BAD_INPUT
+    except click.ClickException as error:
+        error.show()
+        code = BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code or DONE)

@@ -1,0 +1,99 @@
+"""Who am I, and a clean start and end of the process group, whatever launched this process."""
+
+import gc
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from cclmpc_dist.errors import InputError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(precision: str) -> Accelerator:
+    """An Accelerator over the processes that the launcher meant: NCCL with a GPU, gloo without.
+
+    DDP sends no buffers around (each rank keeps its own norm statistics) and searches unused parameters: without that
+    search its bucket rebuild breaks bit-identical resume at three ranks and more.
+    Raises InputError where launcher and process group disagree, or fp16 meets a CPU.
+    """
+    expected = _launched_world_size()
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and precision == "fp16":
+        raise InputError("precision = fp16 needs a GPU: take bf16 or no")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    if accelerator.num_processes != expected or world_size() != expected:
+        raise InputError(
+            f"the launcher started {expected} processes, the process group has {world_size()}: "
+            "launch with torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N"
+        )
+    return accelerator
+
+
+def _launched_world_size() -> int:
+    """WORLD_SIZE as the launcher set it, 1 without one."""
+    asked_for_several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "WORLD_SIZE" not in os.environ and asked_for_several:
+        raise InputError(
+            "accelerate launch was asked for several processes and started one (it does so with --cpu): "
+            "use torchrun --nproc-per-node N -m cclmpc_dist, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+        )
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def stop() -> None:
+    """End the process group. gloo's thread can abort Python's exit while it holds the last work object: the collection
+    and the pause let it go (measured: 2 of 30 runs aborted without, 0 of 30 with)."""
+    if dist.is_initialized():
+        gc.collect()
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
+def average_(tensors: list[torch.Tensor]) -> None:
+    """Replace floating tensors by their mean over ranks, in one collective."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).to(torch.float64) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def from_rank_zero(value: int, device: torch.device) -> int:
+    """Rank 0's integer, on every rank."""
+    if world_size() == 1:
+        return value
+    word = torch.tensor([value], device=device, dtype=torch.int64)
+    dist.broadcast(word, 0)
+    return int(word.item())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""Training methods: one interface, one file a method."""

@@ -1,0 +1,207 @@
+"""Checkpoints that exist or do not: written under a temporary name by a thread, committed by a rename, no pickle.
+
+checkpoints/step-000000500/   manifest.json (every other file: bytes, sha256), state.json, <group>.safetensors of
+                              rank 0 (model, optimizer, ema, method), rank-00000.safetensors of every rank
+checkpoints/step-000001000.tmp/   being written, or left by a killed run: never read
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cclmpc_dist.errors import InputError
+
+VERSION = 1
+RANKS_TIMEOUT = 600.0  # seconds that rank 0 waits for the other ranks' files
+
+Tensors = dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: `save` hands a copy to a writer thread, `load` reads one back.
+
+    Every rank writes its own file into the shared folder and the existence of a file under its final name says that it
+    is whole; rank 0's thread waits for all of them, writes the manifest, syncs and renames. No thread uses collectives.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, keep: int) -> None:
+        self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
+        self.best: int | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def prepare(self) -> None:
+        """Rank 0, before training: make the folder and drop what a killed run left half written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.tmp"):
+            shutil.rmtree(left)
+
+    def save(self, step: int, groups: dict[str, Tensors], mine: Tensors, state: dict[str, Any]) -> None:
+        """Start writing checkpoint `step`. groups: rank 0's files; mine: this rank's; state: JSON values.
+
+        Returns once every tensor is copied to host memory. Raises InputError if an earlier save failed.
+        """
+        self.wait()
+        copies = {name: _to_host(group) for name, group in groups.items()} if self.rank == 0 else {}
+        copies[_rank_file(self.rank)] = _to_host(mine)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the writer. Raises InputError where it failed; the checkpoints before it are untouched."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise InputError(
+                f"{self.folder}: the checkpoint could not be written ({error}): "
+                "make room or rights there and start again; the checkpoints before it are whole"
+            ) from error
+
+    def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any]) -> None:
+        temporary = self.folder / f"{_name(step)}.tmp"
+        try:
+            temporary.mkdir(exist_ok=True)
+            for name, tensors in files.items():
+                _save_whole(tensors, temporary / f"{name}.safetensors")
+            if self.rank == 0:
+                self._commit(step, temporary, state)
+        except (OSError, RuntimeError, TimeoutError) as error:  # safetensors reports a full disk as RuntimeError
+            self._error = error
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _commit(self, step: int, temporary: Path, state: dict[str, Any]) -> None:
+        _write_json(temporary / "state.json", state | {"version": VERSION, "step": step, "world_size": self.world_size})
+        expected = [temporary / f"{_rank_file(rank)}.safetensors" for rank in range(self.world_size)]
+        deadline = time.monotonic() + RANKS_TIMEOUT
+        while not all(file.exists() for file in expected):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{[file.name for file in expected if not file.exists()]} did not appear")
+            time.sleep(0.02)
+        manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        _write_json(temporary / "manifest.json", manifest)
+        _sync_folder(temporary)
+        final = self.folder / _name(step)
+        if final.exists():  # saved before a resume; the same numbers
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        steps = complete_steps(self.folder)
+        for step in steps[: -self.keep]:
+            if step not in (self.best, newest):
+                shutil.rmtree(self.folder / _name(step))
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    names = (entry.name for entry in folder.glob("step-*") if (entry / "manifest.json").is_file())
+    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+
+
+def read_state(folder: Path, step: int) -> dict[str, Any]:
+    """state.json of a checkpoint, after every file is checked against the manifest.
+
+    Raises InputError naming a file that is missing, cut or altered, or a version this program does not read.
+    """
+    place = folder / _name(step)
+    if not (place / "manifest.json").is_file():
+        have = complete_steps(folder)
+        raise InputError(f"{place}: no such checkpoint: there are {have or 'none'}")
+    manifest = json.loads((place / "manifest.json").read_text())
+    for name, expected in manifest.items():
+        if not (place / name).is_file() or _digest(place / name) != expected:
+            raise InputError(f"{place / name}: missing or altered since it was written: remove {place.name} to go on "
+                             "from the checkpoint before it")  # fmt: skip
+    state: dict[str, Any] = json.loads((place / "state.json").read_text())
+    if state["version"] != VERSION:
+        raise InputError(f"{place}: checkpoint version {state['version']}, this program reads {VERSION}")
+    return state
+
+
+def read_group(folder: Path, step: int, name: str) -> Tensors:
+    """Tensors of one file of a checkpoint, on the CPU; empty where the checkpoint has no such file."""
+    file = folder / _name(step) / f"{name}.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def read_rank(folder: Path, step: int, rank: int) -> Tensors:
+    return read_group(folder, step, _rank_file(rank))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """An optimiser's state as tensors and JSON values."""
+    state = optimizer.state_dict()
+    tensors: Tensors = {}
+    values: dict[str, Any] = {"groups": state["param_groups"], "values": {}}
+    for parameter, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value
+            else:
+                values["values"][f"{parameter}.{name}"] = value
+    return tensors, values
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, values: dict[str, Any]) -> None:
+    """Load what pack_optimizer gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *values["values"].items()]:
+        parameter, name = key.split(".", 1)
+        state.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": values["groups"]})
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _to_host(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _save_whole(tensors: Tensors, file: Path) -> None:
+    part = file.with_suffix(".part")
+    save_file(tensors, part)
+    _sync(part)
+    part.rename(file)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1))
+    _sync(file)
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,93 @@
+"""What a checkpoint holds of a trainer, and putting it back.
+
+Equal on all ranks: module and average (with norm statistics averaged over ranks), optimiser, method. A rank's own: its
+random state and norm statistics, which are restored at the same world size; at another, every rank starts from the
+averaged statistics and a fresh random state, while batches, draws and positions go on exactly.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cclmpc_dist.distributed import runtime
+from cclmpc_dist.training import checkpoint
+from cclmpc_dist.training.checkpoint import Tensors
+
+if TYPE_CHECKING:
+    from cclmpc_dist.training.trainer import Trainer
+
+
+def norm_buffers(module: nn.Module) -> list[Tensor]:
+    """Floating buffers: the running statistics of batch norm."""
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    """A copy whose norm statistics are the mean over ranks. Collective."""
+    module = copy.deepcopy(module)
+    runtime.average_(norm_buffers(module))
+    return module
+
+
+def save(trainer: "Trainer") -> None:
+    """Hand a copy of everything to the checkpoint's writer. Collective."""
+    modules = _modules(trainer)
+    optimizer, values = checkpoint.pack_optimizer(trainer.optimizer.optimizer)
+    groups: dict[str, Tensors] = {name: averaged(module).state_dict() for name, module in modules.items()}
+    groups |= {"optimizer": optimizer, "method": trainer.method.state_dict()}
+    mine: Tensors = {"rng.cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        mine["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, module in modules.items():
+        mine |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
+    scaler = trainer.accelerator.scaler
+    state = {
+        "phase": trainer.phase,
+        "phase_step": trainer.step,
+        "microbatch": trainer.microbatch,
+        "skipped": trainer.skipped,
+        "best": trainer.best,
+        "streams": {name: stream.order.state(trainer.microbatch) for name, stream in trainer.streams.items()},
+        "optimizer": values,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "config": trainer.config.model_dump(mode="json"),
+    }
+    trainer.checkpoints.save(trainer.done, groups, mine, state)
+
+
+def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
+    """Put checkpoint `step` back into a trainer that was just built for its phase.
+
+    Raises InputError where a stream's corpus, selection, batch or seed is not the checkpoint's.
+    """
+    folder = trainer.checkpoints.folder
+    for name, stream in trainer.streams.items():
+        trainer.microbatch = stream.order.position(state["streams"][name])
+    trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
+    trainer.best = state["best"]
+    trainer.checkpoints.best = int(trainer.best["step"]) if trainer.best else None
+    modules = _modules(trainer)
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint.read_group(folder, step, name))
+    tensors = checkpoint.read_group(folder, step, "optimizer")
+    checkpoint.unpack_optimizer(trainer.optimizer.optimizer, tensors, state["optimizer"])
+    trainer.method.load_state_dict(checkpoint.read_group(folder, step, "method"))
+    if trainer.accelerator.scaler is not None and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    if state["world_size"] == trainer.world:
+        _restore_rank(trainer, modules, checkpoint.read_rank(folder, step, trainer.rank))
+
+
+def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:
+    torch.set_rng_state(mine["rng.cpu"])
+    if "rng.cuda" in mine and trainer.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["rng.cuda"])
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in mine.items() if key.startswith(f"{name}.")}
+        module.load_state_dict(own, strict=False)
+
+
+def _modules(trainer: "Trainer") -> dict[str, nn.Module]:
+    return {"model": trainer.module} | ({"ema": trainer.ema.module} if trainer.ema is not None else {})

@@ -1,0 +1,92 @@
+"""W ranks compute the loss and the gradient of one process on the whole batch, in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from ranks import run_ranks
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.methods.method import Corpus
+from cclmpc_dist.methods.registry import create
+from cclmpc_dist.training.objective import objective
+
+STEPS = 3  # the second and third meet a filled bank
+
+
+def train_float64(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tensor]:
+    """Losses, gradients of every step and the bank after STEPS steps of plain gradient descent."""
+    config = toy.parse(raw, "exact")
+    index = Index.open(config.data.path)
+    cases = select(index, config.data.labelled, 0)
+    method = create(config, Corpus(index.channels, index.classes))
+    batches = {name: config.batch(name, world) for name in method.phases[0].streams}
+    torch.manual_seed(0)
+    module = method.build().double()
+    model = DistributedDataParallel(module, find_unused_parameters=True) if world > 1 else module
+    method.enter(method.phases[0], 10, module, batches)
+    streams = [
+        loader(
+            Stream(index, name, cases[name], size, 0, config.data.patch, with_label=name == "labelled"),
+            0, STEPS, rank, world, 0,
+        )
+        for name, size in batches.items()
+    ]  # fmt: skip
+    out: dict[str, Tensor] = {}
+    for step, parts in enumerate(zip(*streams, strict=True)):
+        batch = {name: _double(to_device(part, "cpu")) for name, part in zip(batches, parts, strict=True)}
+        at = 5 + step  # the contrast is on, the consistency ramps
+        terms, metrics = method.terms(model, batch, at)
+        loss, logged = objective(terms, method.weights(at), metrics)
+        loss.backward()
+        out |= {f"{step}.{name}": value for name, value in logged.items()}
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        out[f"{step}.gradient"] = torch.cat([gradient.flatten() for gradient in gradients])
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        module.zero_grad()
+        method.after_step(module)
+    return out | method.state_dict()
+
+
+def _double(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch | {"image": batch["image"].double()}
+
+
+def _settings(corpus: Path, **changes: Any) -> dict[str, Any]:
+    return toy.settings(corpus, Path("runs"), model__norm="instance", model__dropout=0.0, **changes)
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ccl_mpc_is_exact(world: int, exchange: str, toy_corpus: Path) -> None:
+    raw = _settings(toy_corpus, ccl_mpc__contrast__exchange=exchange, ccl_mpc__contrast__negatives="other_class")
+    one = train_float64(0, 1, raw)
+    assert one["0.loss/cgcl"] > 0
+    assert one["0.train/certain_fraction"] > 0
+    for other in run_ranks(train_float64, world, raw):
+        _compare(one, other)
+
+
+def test_supervised_is_exact(toy_corpus: Path) -> None:
+    raw = _settings(toy_corpus, method="supervised")
+    one = train_float64(0, 1, raw)
+    for other in run_ranks(train_float64, 2, raw):
+        _compare(one, other)
+
+
+def _compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        tolerance = 1e-8 if name.endswith("gradient") else 1e-10
+        if name == "bank.keys":
+            tolerance = 1e-6  # kept in float32
+        difference = (other[name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
+        assert difference <= tolerance, f"{name}: {difference:.2e}"

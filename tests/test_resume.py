@@ -1,0 +1,99 @@
+"""Killed at a random step, a run ends with the bits of a run that was not."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import toy
+import yaml
+
+
+def _write(path: Path, raw: dict) -> str:
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_killed_run_ends_with_the_same_bits(world: int, toy_corpus: Path, tmp_path: Path) -> None:
+    """Every rank's own file too: norm statistics and random state."""
+    straight = toy.settings(toy_corpus, tmp_path, name="straight", ema=0.9, model__dropout=0.5)
+    broken = straight | {"name": "broken"}
+    toy.run(world, "train", _write(tmp_path / "straight.yaml", straight))
+    configuration = _write(tmp_path / "broken.yaml", broken)
+    step = random.randint(2, 30)  # a new place every time; the messages name it
+    process = toy.launch(world, "train", configuration)
+    toy.wait_for_step(process, tmp_path / "broken", step)
+    toy.kill(process)
+    assert not (tmp_path / "broken" / "checkpoints" / "step-000000040").exists(), f"killed at {step}, too late"
+    toy.run(world, "train", configuration)
+    last = "checkpoints/step-000000040"
+    left, right = toy.tensors(tmp_path / "straight" / last), toy.tensors(tmp_path / "broken" / last)
+    assert {f"rank-{rank:05d}.safetensors/rng.cpu" for rank in range(world)} <= left.keys()
+    assert {"method.safetensors/bank.keys", "ema.safetensors/conv.head.weight"} & left.keys(), left.keys()
+    toy.assert_same(left, right)
+    states = [json.loads((tmp_path / name / last / "state.json").read_text()) for name in ("straight", "broken")]
+    assert states[0]["streams"] == states[1]["streams"], step
+    assert _losses(tmp_path / "straight") == _losses(tmp_path / "broken"), step
+
+
+def _losses(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def test_other_world_size_goes_on_in_the_streams(toy_corpus: Path, tmp_path: Path) -> None:
+    """Started on 2 ranks, ended on 1: the same positions, and losses that differ by rounding."""
+    raw = toy.settings(toy_corpus, tmp_path, name="elastic", model__norm="instance", model__dropout=0.0)
+    whole = _write(tmp_path / "whole.yaml", raw | {"name": "whole"})
+    toy.run(2, "train", whole)
+    part = _write(tmp_path / "part.yaml", raw)
+    process = toy.launch(2, "train", part)
+    toy.wait_for_step(process, tmp_path / "elastic", 10)
+    toy.kill(process)
+    output = toy.run(1, "train", part)
+    resumed = int(output.split("going on from step ")[1].split()[0])
+    together, apart = _losses(tmp_path / "whole"), _losses(tmp_path / "elastic")
+    assert [line["step"] for line in apart] == list(range(1, 41))
+    for a, b in zip(together, apart, strict=True):
+        assert a["data/unlabelled_epoch"] == b["data/unlabelled_epoch"]
+    assert together[:resumed] == apart[:resumed]
+    for name in ("loss/sup", "loss/cp", "loss/cgcl"):  # later steps drift apart by rounding
+        assert together[resumed][name] == pytest.approx(apart[resumed][name], rel=1e-3)
+
+
+def test_preempted_run_saves_leaves_a_word_and_goes_on(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, name="asked", checkpoint__every_steps=0)
+    configuration = _write(tmp_path / "c.yaml", raw)
+    process = toy.launch(2, "train", configuration)
+    toy.wait_for_step(process, tmp_path / "asked", 2)
+    (tmp_path / "asked" / "preempt").touch()
+    code, output = toy.finish(process)
+    assert code == 0, output
+    stopped = int((tmp_path / "asked" / "preempted").read_text())
+    assert 2 <= stopped < 40
+    assert not (tmp_path / "asked" / "preempt").exists()
+    assert f"going on from step {stopped}" in toy.run(2, "train", configuration)
+    assert not (tmp_path / "asked" / "preempted").exists()
+    assert "nothing to do" in toy.run(2, "train", configuration)
+
+
+def test_sigterm_saves_and_exits_75(toy_corpus: Path, tmp_path: Path) -> None:
+    configuration = _write(tmp_path / "c.yaml", toy.settings(toy_corpus, tmp_path, checkpoint__every_steps=0))
+    process = toy.launch(1, "train", configuration)
+    toy.wait_for_step(process, tmp_path / "toy", 2)
+    process.terminate()
+    code, output = toy.finish(process)
+    assert code == 75, output
+    assert list((tmp_path / "toy" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_another_configuration_is_refused_in_words(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=12, checkpoint__every_steps=1)
+    configuration = _write(tmp_path / "c.yaml", raw)
+    toy.run(1, "train", configuration)
+    code, output = toy.finish(toy.launch(1, "train", configuration, "optim.lr=0.02", "data.patch=[32,32,16]"))
+    assert code == 2
+    assert "optim.lr = 0.02 (was 0.01)" in output
+    assert "data.patch" in output
+    assert "Traceback" not in output
