@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 
 from cclmpc_dist.errors import InputError
@@ -22,7 +21,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
+BAD_INPUT, PREEMPTED = 2, 75  # exit codes; 75 asks the launcher to start the run again
 Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
 Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the records are printed anyway")]
 
@@ -207,14 +206,8 @@ def main() -> None:
     # DDP warns whenever a step happens to use every parameter; the search it advises against is needed (runtime.start).
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        code = app(standalone_mode=False)
+        app()
     except InputError as error:
         for line in str(error).splitlines():
             print(f"cclmpc: {line}", file=sys.stderr, flush=True)
-        code = BAD_INPUT
-    except click.ClickException as error:
-        error.show()
-        code = BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
-    sys.exit(code or DONE)
+        sys.exit(BAD_INPUT)

@@ -60,7 +60,9 @@ class Views(Settings):
     brightness: NonNegativeFloat = Field(0.4, description="added: uniform in +-brightness standard deviations")
     contrast: float = _fraction(0.4, "factor about the mean: uniform in 1 +- contrast")
     gamma: float = _fraction(0.3, "exponent exp(u), u uniform in +-gamma, on the intensities scaled to [0, 1]")
-    noise: NonNegativeFloat = Field(0.1, description="Gaussian noise: standard deviation uniform in [0, noise]")
+    noise: NonNegativeFloat = Field(
+        0.1, description="Gaussian noise: standard deviation uniform in [0, noise] of the image's own"
+    )
     blur: NonNegativeFloat = Field(1.0, description="Gaussian blur: sigma uniform in [0, blur] voxels")
 
 
@@ -112,12 +114,12 @@ class CCLMPC(Settings):
 
 
 class Optim(Settings):
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat = 0.01
+    name: Literal["sgd", "adamw"] = Field("sgd", description="optimiser")
+    lr: PositiveFloat = Field(0.01, description="learning rate at the start")
     momentum: float = _fraction(0.9, "SGD momentum")
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: NonNegativeFloat = Field(1e-4, description="L2 term of SGD, decoupled in AdamW")
     clip: NonNegativeFloat = Field(0.0, description="largest gradient norm; 0 does not clip")
-    schedule: Literal["poly", "constant"] = "poly"
+    schedule: Literal["poly", "constant"] = Field("poly", description="course of the learning rate over a phase")
     power: PositiveFloat = Field(0.9, description="poly: lr (1 - t/T)^power")
     warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
@@ -141,7 +143,7 @@ class Checkpoints(Settings):
 
 class Evaluation(Settings):
     stride: tuple[PositiveInt, ...] | None = Field(None, description="sliding-window stride; unset is half the patch")
-    blend: Literal["uniform", "gaussian"] = "uniform"
+    blend: Literal["uniform", "gaussian"] = Field("uniform", description="weights of overlapping windows")
     batch: PositiveInt = Field(4, description="windows a forward pass")
     every_steps: NonNegativeInt = Field(0, description="validate on data.select every N steps; 0 never")
 
@@ -149,15 +151,15 @@ class Evaluation(Settings):
 class Config(Settings):
     name: str = Field(description="the run's folder is runs/<name>", pattern=r"^[\w.\-]+$")
     runs: str = Field("runs", description="where run folders lie")
-    seed: NonNegativeInt = 1337
-    method: Literal["ccl_mpc", "supervised"] = "ccl_mpc"
+    seed: NonNegativeInt = Field(1337, description="of the initial weights and of every draw")
+    method: Literal["ccl_mpc", "supervised"] = Field("ccl_mpc", description="what is trained")
     data: Data
     model: Model = Model()
     ccl_mpc: CCLMPC = CCLMPC()
     optim: Optim = Optim()
     budget: Budget = Budget(images=24000)
     accumulate: PositiveInt = Field(1, description="microbatches an optimiser step; losses are those of a microbatch")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast type")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, or the autocast type")
     channels_last: bool = Field(False, description="channels-last memory layout")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights that evaluation uses; 0 is off")
     checkpoint: Checkpoints = Checkpoints()

@@ -53,7 +53,8 @@ def _wait(ranks: list[Any], deadline: float) -> None:
 
 
 def _rank(fn: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for by accelerate, used by nobody
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)

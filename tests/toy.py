@@ -33,7 +33,7 @@ def settings(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "name": "toy",
         "runs": str(runs),
-        "data": {"path": str(data), "patch": [32, 32, 32], "batch_labelled": 6, "batch_unlabelled": 6, "workers": 0},
+        "data": {"path": str(data), "patch": [32, 16, 16], "batch_labelled": 6, "batch_unlabelled": 6, "workers": 0},
         "model": {
             "filters": 4,
             "swin": {"depth": 2, "window": [2, 2, 2], "head_width": 4},

@@ -3,12 +3,14 @@
 import gc
 import os
 import time
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
 
 from cclmpc_dist.errors import InputError
 
@@ -35,10 +37,10 @@ def start(precision: str) -> Accelerator:
     expected = _launched_world_size()
     on_cpu = not torch.cuda.is_available()
     if on_cpu and precision == "fp16":
-        raise InputError("precision = fp16 needs a GPU: take bf16 or no")
+        raise InputError("precision = fp16 needs a GPU: take bf16 or fp32")
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "fp32" else precision,
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -52,6 +54,15 @@ def start(precision: str) -> Accelerator:
             "launch with torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N"
         )
     return accelerator
+
+
+def wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """The module as Accelerate wraps it: DDP over several ranks, autocast where the precision asks for it."""
+    with warnings.catch_warnings():
+        # torch 2.13 renames an option that accelerate still passes under its old name.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped: nn.Module = accelerator.prepare_model(module)
+    return wrapped
 
 
 def _launched_world_size() -> int:

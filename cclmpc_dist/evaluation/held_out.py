@@ -34,7 +34,7 @@ def evaluate_cases(
 ) -> list[Row]:
     """Rows of all `samples` (index numbers) on every rank, each case scored by one rank. Collective."""
     mine = [int(samples[number]) for number in share(len(samples), runtime.rank(), runtime.world_size())]
-    with torch.autocast(device.type, dtype=_autocast(config), enabled=config.precision != "no"):
+    with torch.autocast(device.type, dtype=_autocast(config), enabled=config.precision != "fp32"):
         rows = evaluate(
             predict,
             _cases(index, mine),

@@ -101,7 +101,7 @@ def _settings(config: settings.Config) -> dict[str, Any]:
         "Budget": f"{images} images" if images else f"{config.budget.epochs} epochs",
         "Network": f"{config.model.filters} filters, {config.model.norm} norm",
         "Optimiser": f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}",
-        "Precision": "float32" if config.precision == "no" else config.precision,
+        "Precision": config.precision,
         "Seed": config.seed,
     }
 

@@ -194,9 +194,9 @@ class CCLMPC(Method):
         embedding = shared.out["embedding"].unflatten(0, (2, -1)).flatten(3)  # (2, B, F, P)
         features = embedding.permute(1, 0, 3, 2).flatten(1, 2)  # (B, 2P, F): view 1's positions, then view 2's
         size = [axis // STRIDE for axis in shared.labels.shape[1:]]
-        guess = certainty.nearest(shared.log_p.detach().argmax(2).flatten(0, 1), size).unflatten(0, (2, -1)).flatten(2)
+        guess = certainty.likeliest(certainty.nearest(shared.log_p.detach().flatten(0, 1), size))  # view by view
         labels = classes.repeat(1, 2)
-        hard = guess.transpose(0, 1).flatten(1) != labels
+        hard = guess.unflatten(0, (2, -1)).transpose(0, 1).flatten(1) != labels
         index, valid = sampling.sample_anchors(
             labels, hard, shared.keys, min(settings.n_cgcl, labels.shape[1]), self.corpus.classes, "cgcl"
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Checkpoints:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
         self.best: int | None = None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     def prepare(self) -> None:
         """Rank 0, before training: make the folder and drop what a killed run left half written."""
@@ -63,6 +64,8 @@ class Checkpoints:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
+            if not isinstance(error, OSError | SafetensorError):
+                raise error
             raise InputError(
                 f"{self.folder}: the checkpoint could not be written ({error}): "
                 "make room or rights there and start again; the checkpoints before it are whole"
@@ -76,7 +79,7 @@ class Checkpoints:
                 _save_whole(tensors, temporary / f"{name}.safetensors")
             if self.rank == 0:
                 self._commit(step, temporary, state)
-        except (OSError, RuntimeError, TimeoutError) as error:  # safetensors reports a full disk as RuntimeError
+        except Exception as error:  # carried over to the main thread, which raises it in wait()
             self._error = error
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -72,7 +72,11 @@ class Trainer:
         config = self.config
         groups = {name: group for phase in self.method.phases for name, group in phase.streams.items()}
         problems = check_world(config, list(groups), self.world)
-        if (self.index["shape"][:, 1:] < np.array(config.data.patch)).any(1).all():
+        if config.dims != self.index.dims:
+            problems.append(
+                f"data.patch has {config.dims} numbers, {config.data.path} {self.index.dims} axes: one each"
+            )
+        elif (self.index["shape"][:, 1:] < np.array(config.data.patch)).any(1).all():
             problems.append(
                 f"data.patch = {list(config.data.patch)} is larger than every volume of {config.data.path}: "
                 "take a smaller one"
@@ -116,9 +120,9 @@ class Trainer:
         self.module = self.method.build().to(self.device)
         if self.config.channels_last:
             self.module.to(memory_format=layout)  # type: ignore[call-overload]
+        self.wrapped = runtime.wrap(self.accelerator, self.module)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.buffers = norm_buffers(self.module)
-        self.wrapped = self.accelerator.prepare_model(self.module)
         self.ema = Ema(self.module, self.config.ema) if self.config.ema else None
         torch.manual_seed(draws.key(self.config.seed, "dropout", self.rank))
         self._enter_phase()
@@ -265,7 +269,7 @@ class Trainer:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == SKIPS_IN_A_ROW:
             raise InputError(f"{self.config.folder}: {SKIPS_IN_A_ROW} steps in a row had no finite gradient, up to "
-                             f"step {self.done}: lower optim.lr, or set precision to bf16 or no")  # fmt: skip
+                             f"step {self.done}: lower optim.lr, or set precision to bf16 or fp32")  # fmt: skip
 
     def _flags(self, batch: dict[str, dict[str, Tensor]]) -> dict[str, Additive]:
         """Rank 0's word on stopping and saving, and samples skipped anywhere, carried by the step's all-reduce."""

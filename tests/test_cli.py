@@ -1,0 +1,173 @@
+"""The verbs as a user types them: what they print, what they leave, how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def cclmpc(*arguments: str | Path, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "cclmpc_dist", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def write(folder: Path, raw: dict) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_from_corpus_to_report(tmp_path: Path) -> None:
+    shards, runs = tmp_path / "shards", tmp_path / "runs"
+    code, said = cclmpc(
+        "shard", "8", "--format", "phantom", "--out", shards, "--labelled", "2", "--val-last", "2", "--size", "32"
+    )
+    assert code == 0, said
+    assert "8 cases in 1 shards, 2 labelled, 2 for reports only, 2 classes" in said
+    assert cclmpc("verify", shards)[0] == 0
+    assert json.loads(cclmpc("inspect", shards)[1])["samples"] == 8
+    config = write(tmp_path, toy.settings(shards, runs, data__batch_labelled=2, data__batch_unlabelled=2, budget__images=20,
+                                          ema=0.9))  # fmt: skip
+    code, said = cclmpc("train", config)
+    assert code == 0, said
+    assert "starting at step 0" in said
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(
+        os.listdir(runs / "toy")
+    )
+    code, said = cclmpc("eval", runs / "toy", "evaluation.stride=[16,16,16]")
+    assert code == 0, said
+    assert all(word in said for word in ("Dice", "Jaccard", "95HD", "ASD", "voxel", "mm", "step 5 (last), ema weights"))
+    rows = (runs / "toy" / "eval" / "cases.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["case", "phantom-0006", "phantom-0007"]
+    code, said = cclmpc("report", runs / "toy")
+    assert code == 0, said
+    page = (runs / "toy" / "report.html").read_text()
+    assert "Dice" in page
+    assert "data:image/" in page
+
+
+def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=12))
+    assert cclmpc("train", config)[0] == 0
+    run = tmp_path / "toy"
+    assert cclmpc("eval", run)[0] == 0
+    alone = (run / "eval" / "cases.csv").read_text()
+    toy.run(2, "eval", str(run))
+    assert (run / "eval" / "cases.csv").read_text() == alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot read"),
+        (["verify", "nowhere"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere: no run folder"),
+        (["report", "nowhere"], "nowhere"),
+        (["shard", "nowhere", "--format", "la-h5", "--out", "{tmp}/o"], "nowhere: no such folder"),
+        (["shard", "many", "--format", "phantom", "--out", "{tmp}/o"], "many: --format phantom takes a number"),
+        (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'jpeg' is not one of"),
+        (["train"], "Missing argument"),
+        (["trian"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    code, printed = cclmpc(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert code == 2, printed
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data__patch": [64, 64, 64]}, "data.patch = [64, 64, 64] is larger than every volume"),
+        ({"data__labelled": 12}, "leaves no case for the unlabelled stream"),
+        ({"data__labelled": 40}, "40"),
+        ({"data__labelled": ["phantom-0001", "phantom-0O02"]}, "phantom-0O02"),
+        ({"data__batch_labelled": 3, "precision": "fp16"}, "fp16 needs a GPU"),
+        ({"data__patch": [32, 32], "evaluation": {"stride": [8, 8]}, "model__swin__window": [2, 2]}, "2 numbers"),
+        ({"model__norm": "sync_batch"}, "sync_batch"),
+    ],
+)
+def test_settings_that_do_not_fit_the_corpus(changes: dict, said: str, toy_corpus: Path, tmp_path: Path) -> None:
+    code, printed = cclmpc("train", write(tmp_path, toy.settings(toy_corpus, tmp_path, **changes)))
+    assert code == 2, printed
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=48, checkpoint__every_steps=1)
+    config = write(tmp_path, raw)
+    process = toy.launch(1, "train", str(config))
+    toy.wait_for_step(process, tmp_path / "toy", 2)
+    toy.kill(process)
+    other = toy.corpus(tmp_path / "other", cases=12)
+    code, printed = cclmpc("train", config, f"data.path={other}")
+    assert code == 2, printed
+    assert "order" in printed
+    assert "in the checkpoint" in printed
+
+
+def test_help_is_quick_to_load_and_names_every_verb() -> None:
+    """Nothing heavy is imported for it."""
+    code, said = cclmpc("--help")
+    assert code == 0
+    assert all(verb in said for verb in ("shard", "verify", "inspect", "train", "eval", "report", "bench"))
+    probe = (
+        "import sys; import cclmpc_dist.cli; print(sorted({'torch', 'numpy', 'h5py', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_core_imports_where_ray_and_deepspeed_are_missing() -> None:
+    probe = (
+        "import sys\n"
+        "for name in ('ray', 'deepspeed', 'monai'): sys.modules[name] = None\n"
+        "import cclmpc_dist.training.trainer, cclmpc_dist.models.swin, cclmpc_dist.evaluation.report\n"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_accelerate_launch_trains_on_two_ranks(toy_corpus: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=24))
+    said = _accelerate("--multi_gpu", "--num_processes", "2", config=config)
+    assert "on 2 process(es)" in said[1]
+    assert said[0] == 0
+
+
+def test_accelerate_launch_that_starts_one_process_is_refused(toy_corpus: Path, tmp_path: Path) -> None:
+    """`--cpu --num_processes 2` starts one process without a word."""
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=24))
+    code, said = _accelerate("--cpu", "--num_processes", "2", config=config)
+    assert code != 0
+    assert "was asked for several processes and started one" in said
+
+
+def _accelerate(*options: str, config: Path) -> tuple[int, str]:
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cclmpc_dist"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, *fixed, "train", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr

@@ -1,0 +1,126 @@
+"""Every problem of a configuration is told at once, with its key and what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+import yaml
+
+from cclmpc_dist.config import Config, check_world, dump, load
+from cclmpc_dist.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def problems(tmp_path: Path, *overrides: str, **changes: Any) -> list[str]:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(toy.settings(tmp_path, tmp_path, **changes)))
+    with pytest.raises(InputError) as caught:
+        load(path, overrides)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    assert load(path).name == path.stem
+
+
+def test_overrides_reach_their_key_and_the_dump_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(toy.settings(tmp_path, tmp_path)))
+    config = load(path, ["optim.lr=1e-4", "data.labelled=[a, b]", "ccl_mpc.contrast.negatives=other_class"])
+    assert config.optim.lr == 1e-4
+    assert config.data.labelled == ["a", "b"]
+    path.write_text(dump(config))
+    assert load(path) == config
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    told = problems(
+        tmp_path,
+        "optim.momntum=0.9",
+        "data.patch=[40,32,32]",
+        "data.batch_labelled=two",
+        "evaluation.every_steps=5",
+        "model.norm=bach",
+    )
+    text = "\n".join(told)
+    assert "optim.momntum: unknown setting: did you mean momentum?" in text
+    assert "data.patch[0] = 40 is no multiple of the network's 16: take 32" in text
+    assert "data.batch_labelled = 'two'" in text
+    assert "evaluation.every_steps needs validation cases" in text
+    assert "model.norm = 'bach'" in text
+    assert len(told) == 5
+    assert all(line.startswith(str(tmp_path / "c.yaml")) for line in told)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.flip=[3]", "data.flip names axis 3 of 3"),
+        ("evaluation.stride=[64,8,8]", "evaluation.stride[0] = 64 is larger than the patch"),
+        ("evaluation.stride=[8,8]", "evaluation.stride has 2 numbers and data.patch 3"),
+        ("model.swin.window=[2,2]", "model.swin.window has 2 numbers"),
+        ("model.swin.head_width=5", "model.swin.head_width = 5 does not divide"),
+        ("budget.epochs=3", "exactly one of budget.images and budget.epochs"),
+        ("data.oversample_foreground=1.5", "data.oversample_foreground = 1.5"),
+        ("data.patch=[32]", "data.patch has 1 numbers"),
+        ("data=5", "data = 5"),
+        ("zzz.qqq=1", "zzz: unknown setting: known here: name, runs"),
+        ("seed=-1", "seed = -1"),
+        ("name=a/b", "name = 'a/b'"),
+    ],
+)
+def test_bad_setting_is_named(override: str, said: str, tmp_path: Path) -> None:
+    assert any(said in line for line in problems(tmp_path, override)), problems(tmp_path, override)
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "name.deep=1", "name=[a"])
+def test_bad_override_is_named(override: str, tmp_path: Path) -> None:
+    assert override in problems(tmp_path, override)[0]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", ""])
+def test_file_that_holds_no_settings(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"c\.yaml"):
+        load(path)
+
+
+def test_absent_file() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml: cannot read"):
+        load("nowhere.yaml")
+
+
+def test_batches_must_divide_over_the_ranks(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, tmp_path, data__batch_labelled=6, data__batch_unlabelled=4)
+    assert check_world(config, ["labelled", "unlabelled"], 2) == []
+    (line,) = check_world(config, ["labelled", "unlabelled"], 3)
+    assert "data.batch_unlabelled = 4 does not divide over 3 ranks: take 6" in line
+
+
+def test_bank_must_hold_a_step(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=10)
+    (line,) = check_world(config, ["labelled", "unlabelled"], 1)
+    assert "ccl_mpc.contrast.bank = 10 holds less than one step's 60 offers" in line
+
+
+def test_batch_not_set_follows_the_ranks(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, tmp_path, data__batch_labelled=None)
+    assert [config.batch("labelled", world) for world in (1, 2, 5)] == [2, 2, 5]
+
+
+def test_every_setting_is_documented() -> None:
+    def undocumented(section: Any, prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if hasattr(kind, "model_fields"):
+                found += undocumented(kind, f"{prefix}{name}.")
+            elif not field.description:
+                found.append(f"{prefix}{name}")
+        return found
+
+    assert undocumented(Config, "") == []

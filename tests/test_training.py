@@ -1,0 +1,173 @@
+"""The trainer: what every rank does alike, and the small parts around the loop."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from cclmpc_dist.config import Optim, parse
+from cclmpc_dist.distributed import runtime
+from cclmpc_dist.errors import InputError
+from cclmpc_dist.losses.terms import Additive, Ratio
+from cclmpc_dist.methods.ccl_mpc import CCLMPC
+from cclmpc_dist.training.ema import Ema
+from cclmpc_dist.training.objective import objective
+from cclmpc_dist.training.schedule import rate
+from cclmpc_dist.training.trainer import Trainer
+
+
+def train_with_a_bad_step(rank: int, world: int, raw: dict[str, Any], bad_rank: int, bad_step: int) -> dict[str, Any]:
+    """Trains with a NaN loss on one rank at one step; returns weights, norm statistics and bank around that step."""
+    trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
+    seen: dict[str, Any] = {}
+    terms = CCLMPC.terms
+
+    def spoilt(self: CCLMPC, model: nn.Module, batch: Any, step: int) -> Any:
+        seen[f"before.{step}"] = _everything(trainer)
+        found, metrics = terms(self, model, batch, step)
+        if step == bad_step and rank == bad_rank:
+            (coefficient, value), *rest = found["hdc"]
+            assert isinstance(value, Additive)
+            found["hdc"] = [(coefficient, Additive(value.sum * math.nan, value.count)), *rest]
+        return found, metrics
+
+    CCLMPC.terms = spoilt  # type: ignore[method-assign]
+    trainer.fit()
+    before, after = seen[f"before.{bad_step}"], seen[f"before.{bad_step + 1}"]
+    return {"before": before, "after": after, "end": _everything(trainer), "skipped": trainer.skipped}
+
+
+def _everything(trainer: Trainer) -> dict[str, Tensor]:
+    state = dict(trainer.module.state_dict()) | trainer.method.state_dict()
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def test_all_ranks_skip_a_non_finite_step_together(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, budget__images=60, checkpoint__every_steps=0, data__batch_labelled=2,
+                       data__batch_unlabelled=2)  # fmt: skip
+    first, second = run_ranks(train_with_a_bad_step, 2, raw, 1, 5)
+    for seen in (first, second):
+        assert seen["skipped"] == 1
+        counters = [name for name in seen["before"] if name.endswith("num_batches_tracked")]
+        for name in seen["before"].keys() - set(counters):
+            assert torch.equal(seen["before"][name], seen["after"][name]), f"{name} changed in a skipped step"
+            assert torch.isfinite(seen["end"][name]).all(), name
+        assert not torch.equal(seen["after"]["bank.keys"], seen["end"]["bank.keys"])
+    shared = [name for name in first["end"] if "running_" not in name]
+    toy.assert_same({name: first["end"][name] for name in shared}, {name: second["end"][name] for name in shared})
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped_steps"] for line in lines][4:7] == [0, 1, 1]
+
+
+def never_finite(rank: int, world: int, raw: dict[str, Any]) -> str:
+    trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
+    terms = CCLMPC.terms
+
+    def spoilt(self: CCLMPC, model: nn.Module, batch: Any, step: int) -> Any:
+        found, metrics = terms(self, model, batch, step)
+        (coefficient, value), *rest = found["hdc"]
+        assert isinstance(value, Additive)
+        return found | {"hdc": [(coefficient, Additive(value.sum * math.nan, value.count)), *rest]}, metrics
+
+    CCLMPC.terms = spoilt  # type: ignore[method-assign]
+    try:
+        trainer.fit()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_is_never_finite_gives_up_in_words(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, budget__images=400, data__batch_labelled=2, data__batch_unlabelled=2)
+    (said,) = run_ranks(never_finite, 1, raw)
+    assert "50 steps in a row had no finite gradient" in said
+    assert "lower optim.lr" in said
+
+
+def train_quietly(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tensor]:
+    trainer = Trainer(parse(raw, "toy"), runtime.start(raw.get("precision", "fp32")))
+    trainer.fit()
+    assert trainer.ema is not None
+    return {name: value.detach().clone() for name, value in trainer.ema.module.state_dict().items()}
+
+
+def test_bf16_accumulation_clipping_and_adamw_train(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(
+        toy_corpus, tmp_path, precision="bf16", accumulate=2, optim__name="adamw", optim__clip=1.0, optim__lr=3e-3,
+        ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation={"every_steps": 10}, budget__images=480,
+    )  # fmt: skip
+    averaged = run_ranks(train_quietly, 2, raw)
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/sup"] for line in lines if "loss/sup" in line]
+    assert len(losses) == 20  # 480 images, 12 a microbatch, 2 microbatches a step
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert [line["step"] for line in lines if "val/dice" in line] == [10, 20]
+    assert all(torch.isfinite(value).all() for value in averaged[0].values())
+    needed = {"train/certain_fraction", "train/gradient_norm", "optim/lr", "weight/cgcl", "perf/data_wait_share"}
+    assert needed <= lines[-2].keys()
+    assert list((tmp_path / "toy" / "tensorboard").iterdir())
+
+
+def test_objective_weighs_means_and_ratios() -> None:
+    a = torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
+    sums = torch.tensor([1.0, 4.0], dtype=torch.float64, requires_grad=True)
+    terms: Any = {
+        "mean": [(0.5, Additive(a, torch.tensor(3)))],
+        "ratio": [(1.0, Ratio(sums, lambda s: s[0] / s[1]))],
+        "empty": [(1.0, Additive(a * 0, torch.tensor(0)))],
+    }
+    metrics = {"share": Additive(torch.tensor(1.0), torch.tensor(4))}
+    loss, logged = objective(terms, {"mean": 2.0, "ratio": 3.0, "empty": 1.0}, metrics)
+    assert loss.item() == pytest.approx(2.0 * 0.5 * 2.0 + 3.0 * 0.25)
+    assert {name: value.item() for name, value in logged.items()} == pytest.approx(
+        {"loss/mean": 1.0, "loss/ratio": 0.25, "loss/empty": 0.0, "loss/total": 2.75, "share": 0.25}
+    )
+    loss.backward()
+    assert a.grad is not None
+    assert a.grad.item() == pytest.approx(1.0 / 3.0)
+    assert sums.grad is not None
+    assert sums.grad.tolist() == pytest.approx([0.75, -3.0 / 16.0])
+
+
+def test_schedules() -> None:
+    assert rate(Optim(lr=0.1, schedule="constant"), 70, 100, 4) == pytest.approx(0.1)
+    assert rate(Optim(lr=0.1), 50, 100, 4) == pytest.approx(0.1 * 0.5**0.9)
+    assert rate(Optim(lr=0.1, schedule="constant", warmup=4), 1, 100, 4) == pytest.approx(0.05)
+    assert rate(Optim(lr=0.1, schedule="constant", lr_rule="linear", lr_batch=4), 0, 100, 16) == pytest.approx(0.4)
+    assert rate(Optim(lr=0.1, schedule="constant", lr_rule="sqrt", lr_batch=4), 0, 100, 16) == pytest.approx(0.2)
+
+
+def test_average_covers_parameters_and_norm_statistics() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = Ema(module, 0.8)
+    expected = {name: value.clone().double() for name, value in module.state_dict().items()}
+    for update in range(60):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.1
+            module[1].running_mean += 1.0
+            module[1].num_batches_tracked += 1
+        ema.update(module, update)
+        decay = min(0.8, (1 + update) / (10 + update))
+        for name, value in module.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    state = ema.module.state_dict()
+    for name in expected.keys() - {"1.num_batches_tracked"}:
+        assert torch.allclose(state[name].double(), expected[name], rtol=1e-5), name
+    assert state["1.num_batches_tracked"] == 60
+
+
+def test_one_norm_average_over_ranks() -> None:
+    assert run_ranks(_average, 2) == [[1.5, 3.0], [1.5, 3.0]]
+
+
+def _average(rank: int, world: int) -> list[float]:
+    tensors = [torch.tensor([1.0 + rank]), torch.tensor(2.0 * (rank + 1))]
+    runtime.average_(tensors)
+    return [tensors[0].item(), tensors[1].item()]
