@@ -40,8 +40,8 @@ def test_from_corpus_to_report(tmp_path: Path) -> None:
     assert "8 cases in 1 shards, 2 labelled, 2 for reports only, 2 classes" in said
     assert cclmpc("verify", shards)[0] == 0
     assert json.loads(cclmpc("inspect", shards)[1])["samples"] == 8
-    config = write(tmp_path, toy.settings(shards, runs, data__batch_labelled=2, data__batch_unlabelled=2, budget__images=20,
-                                          ema=0.9))  # fmt: skip
+    batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
+    config = write(tmp_path, toy.settings(shards, runs, budget__images=20, ema=0.9, **batches))
     code, said = cclmpc("train", config)
     assert code == 0, said
     assert "starting at step 0" in said

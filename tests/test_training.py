@@ -100,7 +100,7 @@ def train_quietly(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tenso
 def test_bf16_accumulation_clipping_and_adamw_train(toy_corpus: Path, tmp_path: Path) -> None:
     raw = toy.settings(
         toy_corpus, tmp_path, precision="bf16", accumulate=2, optim__name="adamw", optim__clip=1.0, optim__lr=3e-3,
-        ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation={"every_steps": 10}, budget__images=480,
+        ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation__every_steps=10, budget__images=480,
     )  # fmt: skip
     averaged = run_ranks(train_quietly, 2, raw)
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]

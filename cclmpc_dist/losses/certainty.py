@@ -1,4 +1,4 @@
-"""Which pixels are certain, and what they then say (method.md, Losses 3).
+"""Which pixels are certain, and what they then say (docs/method.md, Losses 3).
 
 h = -Σ p log p / log K in [0, 1]; a pixel is certain where h <= γ(t) [P]; γ's ramp is [F: UGPCL].
 """

@@ -1,4 +1,4 @@
-"""Seg(p, y, m): half cross-entropy, half Dice, over the pixels whose label is not IGNORE (method.md, Losses).
+"""Seg(p, y, m): half cross-entropy, half Dice, over the pixels whose label is not IGNORE (docs/method.md, Losses).
 
 Layout: log_p and p (B, K, *S), y (B, *S) int64 in [0, K) or IGNORE. Sums are taken in at least float32. Masked
 values are replaced before any product: NaN or infinity under the mask reaches neither value nor gradient.

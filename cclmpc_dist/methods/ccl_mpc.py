@@ -75,7 +75,7 @@ class CCLMPC(Method):
             self.bank = MemoryBank(self.corpus.classes, settings.bank, self.config.model.embedding, device)
 
     def weights(self, step: int) -> dict[str, float]:
-        """method.md 6. Consistency ramps up over t_ramp T, the contrast starts at t_contrast T."""
+        """docs/method.md 6. Consistency ramps up over t_ramp T, the contrast starts at t_contrast T."""
         consistency = self.own.lambda_con * certainty.rampup(step / (self.own.t_ramp * self.total))
         contrasting = step >= self.own.t_contrast * self.total
         return {
@@ -130,7 +130,7 @@ class CCLMPC(Method):
         return Step(out, log_c, log_t, log_p, labels, pseudo, keys, lanes)
 
     def _supervised(self, shared: Step) -> list[Part]:
-        """method.md 1: mean over the two views, D_c weight 1, D_t weight swin_weight."""
+        """docs/method.md 1: mean over the two views, D_c weight 1, D_t weight swin_weight."""
         decoders = [(1.0, shared.log_c), (self.own.swin_weight, shared.log_t)]
         return [
             (0.5 * weight * coefficient, value)
@@ -141,7 +141,7 @@ class CCLMPC(Method):
         ]
 
     def _consistency(self, shared: Step) -> Terms:
-        """method.md 2 and 3: l_hdc on both streams, l_cp and l_av on the unlabelled one."""
+        """docs/method.md 2 and 3: l_hdc on both streams, l_cp and l_av on the unlabelled one."""
         assert shared.pseudo is not None
         split = shared.labelled
         p_c, p_t, p = shared.log_c.exp(), shared.log_t.exp(), shared.log_p.exp()
@@ -158,7 +158,7 @@ class CCLMPC(Method):
         return certainty.nearest(torch.cat([shared.labels, shared.pseudo]), size).flatten(1)
 
     def _sbcl(self, shared: Step) -> list[Part]:
-        """method.md 4: views of one stream against the originals of the other. Both directions of a
+        """docs/method.md 4: views of one stream against the originals of the other. Both directions of a
         stream have equally many anchors, so their mean and the streams' mean is the mean of the four."""
         settings = self.own.contrast
         split = shared.labelled
@@ -188,7 +188,7 @@ class CCLMPC(Method):
         return parts
 
     def _cgcl(self, shared: Step) -> list[Part]:
-        """method.md 5: sampled positions of both views of all images against all ranks' and the bank's."""
+        """docs/method.md 5: sampled positions of both views of all images against all ranks' and the bank's."""
         settings = self.own.contrast
         classes = self._classes_on_map(shared)
         embedding = shared.out["embedding"].unflatten(0, (2, -1)).flatten(3)  # (2, B, F, P)

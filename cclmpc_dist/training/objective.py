@@ -1,4 +1,4 @@
-"""From a method's terms to one scalar whose DDP gradient is that of a single process (method.md, rules a and b)."""
+"""From a method's terms to one scalar whose DDP gradient is that of a single process (docs/method.md, across ranks)."""
 
 import torch
 from torch import Tensor
