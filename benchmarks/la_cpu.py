@@ -3,10 +3,11 @@
     cclmpc shard LA/volumes --format la-h5 --list LA/train.list --val-last 16 --out data/la
     python benchmarks/la_cpu.py --out benchmarks/results/la_cpu.json
 
-Supervised takes four labelled images a step where CCL-MPC takes two and two. A run that is finished is not trained again.
+Supervised takes four labelled images a step where CCL-MPC takes two and two. A finished run is not trained again.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -33,10 +34,11 @@ def measure(variant: str, ranks: int) -> tuple[list[dict[str, Any]], list[str]]:
     subprocess.run(train, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     subprocess.run(score, check=True)
     records = []
-    for entry in json.loads((run / "eval" / "summary.json").read_text()):
+    for entry in csv.DictReader((run / "eval" / "summary.csv").open()):
         if entry["metric"] in COLUMNS:
             records += [
-                record(variant, f"{entry['metric']}_{part}", entry[part]) for part in ("mean", "sd", "low", "high")
+                record(variant, f"{entry['metric']}_{part}", float(entry[part]))
+                for part in ("mean", "sd", "low", "high")
             ]
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["perf/step_seconds"] for line in log) * log[0]["step"]

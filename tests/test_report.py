@@ -1,5 +1,6 @@
 """Evaluation of cases, its files, the gathering over ranks, and the report that is drawn from them."""
 
+import csv
 import json
 import math
 import re
@@ -86,17 +87,19 @@ def test_files_give_back_what_was_saved(tmp_path):
     rows = evaluated(None, 2)
     rows[1]["hd95_mm"] = math.nan
     save(tmp_path / "eval", rows, META)
-    back, entries, meta = load(tmp_path / "eval")
+    back, meta = load(tmp_path / "eval")
     assert equal(back, rows)
-    assert equal([{k: e[k] for k in sorted(e)} for e in entries], [{k: e[k] for k in sorted(e)} for e in summary(rows)])
     assert meta == META
-    assert "NaN" not in (tmp_path / "eval/summary.json").read_text()
+    with (tmp_path / "eval" / "summary.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    expected = [{name: str(value) for name, value in entry.items()} for entry in summary(rows)]
+    assert [dict(sorted(entry.items())) for entry in entries] == [dict(sorted(entry.items())) for entry in expected]
 
 
 def test_no_row_at_all(tmp_path):
     assert evaluate(predict, [], (8, 8), (4, 4), 2) == []
     save(tmp_path, [], META)
-    assert load(tmp_path) == ([], [], META)
+    assert load(tmp_path) == ([], META)
 
 
 def test_a_new_evaluation_withdraws_the_old_one(tmp_path):
@@ -111,7 +114,6 @@ def test_a_new_evaluation_withdraws_the_old_one(tmp_path):
         ("cases.csv", None),
         ("cases.csv", "case,class\na,1\n"),
         ("cases.csv", "case,class," + ",".join(COLUMNS) + "\na,1,x,0,0,0,0,0,0\n"),
-        ("summary.json", "[{"),
         ("meta.json", "{}"),
         ("meta.json", json.dumps({"patch": [1], "stride": [1], "novel": 1})),
     ],
@@ -144,7 +146,7 @@ def test_gathered_rows_have_the_order_of_the_cases(tmp_path):
     for found in run_ranks(gathered, 3, counts):
         for count, rows in zip(counts, found, strict=True):
             assert equal(rows, rows_of(range(count)))
-    write_csv(rows_of(range(5)), tmp_path / "cases.csv")
+    write_csv(rows_of(range(5)), tmp_path / "cases.csv", ["case", "class", *COLUMNS])
     assert equal(read_csv(tmp_path / "cases.csv"), rows_of(range(5)))
 
 
@@ -217,14 +219,14 @@ def test_report_shows_the_run(run):
     assert "could not be read" not in shown.text
     kinds = [re.match(r"data:image/([a-z+]+);base64,", source).group(1) for source in shown.sources]
     assert sorted(kinds) == ["png"] * 3 + ["svg+xml"] * 2
-    _, entries, _ = load(run / "eval")
+    entries = summary(load(run / "eval")[0])
     for entry in entries:
         if entry["metric"] == "dice":
             assert f"{entry['mean']:.4f}" in shown.text
 
 
 def test_report_picks_best_median_and_worst(run):
-    rows, _, _ = load(run / "eval")
+    rows, _ = load(run / "eval")
     for row in rows:
         row["dice"] = {"0": 0.2, "1": 0.9, "2": 0.5, "3": 0.6}[row["case"][5]]
     save(run / "eval", rows, META)

@@ -1,7 +1,7 @@
 """Cases in, rows out: whole volumes predicted and scored, shared over ranks, and the files that the report
 reads.
 
-A run's eval/ holds cases.csv (one row a case and class), summary.json, meta.json (written last: without it
+A run's eval/ holds cases.csv (one row a case and class), summary.csv, meta.json (written last: without it
 there is no evaluation) and predictions/<key>.npz (image uint8, label and prediction uint8, spacing float64;
 all (*S)).
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.inference import Blend, Predict, sliding_window
-from cclmpc_dist.evaluation.metrics import COLUMNS, Row, by_case, case_metrics, summary
+from cclmpc_dist.evaluation.metrics import COLUMNS, STATISTICS, Row, by_case, case_metrics, summary
 
 Evaluated = tuple[
     str, Tensor, np.ndarray | None, Sequence[float]
@@ -114,37 +114,35 @@ def gather_rows(rows: list[Row], device: torch.device | str = "cpu") -> list[Row
 
 
 def save(folder: Path, rows: list[Row], meta: Meta) -> None:
-    """Write cases.csv, summary.json and, last, meta.json. For one rank only, after gather_rows."""
+    """Write cases.csv, summary.csv and, last, meta.json. For one rank only, after gather_rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
-    write_csv(rows, folder / "cases.csv")
-    plain = [{k: None if v != v else v for k, v in entry.items()} for entry in summary(rows)]  # JSON has no NaN
-    _write(folder / "summary.json", json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    write_csv(rows, folder / "cases.csv", ["case", "class", *COLUMNS])
+    write_csv(summary(rows), folder / "summary.csv", ["class", "metric", *STATISTICS])
     _write(folder / "meta.json", json.dumps(asdict(meta), indent=1) + "\n")
 
 
-def load(folder: Path) -> tuple[list[Row], list[dict[str, Any]], Meta]:
-    """What `save` wrote: rows, summary, meta. Raises InputError for a file that is missing or damaged."""
+def load(folder: Path) -> tuple[list[Row], Meta]:
+    """Rows and meta that `save` wrote. Raises InputError for a file that is missing or damaged."""
     rows = read_csv(folder / "cases.csv")
-    entries = [{k: math.nan if v is None else v for k, v in entry.items()} for entry in _json(folder / "summary.json")]
     raw = _json(folder / "meta.json")
     try:
         meta = Meta(**raw | {"patch": tuple(raw["patch"]), "stride": tuple(raw["stride"])})
     except (TypeError, KeyError) as error:
         raise InputError(f"{folder / 'meta.json'}: not this version's: {error}: evaluate the run again") from None
-    return rows, entries, meta
+    return rows, meta
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """One line a case and class under a header; floats in full precision, undefined ones as nan."""
+def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str]) -> None:
+    """One line a row under a header; floats in full precision, undefined ones as nan."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["case", "class", *COLUMNS], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows that write_csv wrote. Raises InputError where the file is missing or damaged."""
+    """The rows of a cases.csv. Raises InputError where the file is missing or damaged."""
     try:
         with path.open(newline="") as file:
             return [_row(line) for line in csv.DictReader(file)]

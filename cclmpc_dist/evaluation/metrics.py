@@ -56,6 +56,7 @@ METRICS = (
     ),
 )
 COLUMNS = tuple(metric.column for metric in METRICS)
+STATISTICS = ("mean", "sd", "low", "high", "n", "n_excluded")
 DISTANCES = ("hd95_voxel", "asd_voxel", "hd95_mm", "assd_mm")
 
 

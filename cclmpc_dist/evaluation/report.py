@@ -11,7 +11,7 @@ import numpy as np
 from cclmpc_dist import config as settings
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation import evaluate, page, pictures
-from cclmpc_dist.evaluation.metrics import BOOTSTRAP, METRICS, Metric, Row, by_case, defined_mean
+from cclmpc_dist.evaluation.metrics import BOOTSTRAP, METRICS, Metric, Row, by_case, defined_mean, summary
 
 _GROUPS = {
     "loss": "Losses",
@@ -109,20 +109,20 @@ def _settings(config: settings.Config) -> dict[str, Any]:
 def _evaluation(folder: Path) -> list[str]:
     if not (folder / "meta.json").exists():
         return [page.section("Evaluation", page.para("This run has not been evaluated: run `cclmpc eval`."))]
-    rows, summary, meta = evaluate.load(folder)
-    results = _results(summary, meta, len(by_case(rows)))
+    rows, meta = evaluate.load(folder)
+    results = _results(summary(rows), meta, len(by_case(rows)))
     return [results, _overlays(folder, rows), _cases(rows)] if rows else [results]
 
 
-def _results(summary: list[dict[str, Any]], meta: evaluate.Meta, cases: int) -> str:
+def _results(entries: list[dict[str, Any]], meta: evaluate.Meta, cases: int) -> str:
     parts = [page.para(_conditions(meta, cases))]
     if meta.cropped_by_label:
         parts.append(page.note(_LEAK))
-    if not summary:
+    if not entries:
         return page.section("Evaluation", *parts, page.para("There was no case to score."))
     meanings = " ".join(f"{_title(metric)}: {metric.text}." for metric in METRICS)
     explained = page.folded("What the columns mean", page.para(meanings), page.para(_RULES))
-    return page.section("Evaluation", *parts, _tiles(summary), _summary_table(summary), explained)
+    return page.section("Evaluation", *parts, _tiles(entries), _summary_table(entries), explained)
 
 
 def _conditions(meta: evaluate.Meta, cases: int) -> str:
@@ -138,9 +138,9 @@ def _conditions(meta: evaluate.Meta, cases: int) -> str:
     )
 
 
-def _tiles(summary: list[dict[str, Any]]) -> str:
+def _tiles(entries: list[dict[str, Any]]) -> str:
     """Of the last group: the only class, or the mean over classes."""
-    last = {entry["metric"]: entry for entry in summary if entry["class"] == summary[-1]["class"]}
+    last = {entry["metric"]: entry for entry in entries if entry["class"] == entries[-1]["class"]}
     shown = [last[column] for column in ("dice", "jaccard", "hd95_voxel", "asd_voxel")]
     return f'<div class="tiles">{"".join(_tile(entry) for entry in shown)}</div>'
 
@@ -151,9 +151,9 @@ def _tile(entry: dict[str, Any]) -> str:
     return f'<div class="tile">{page.text(_title(metric))}<b>{mean}</b>95 %: {low} to {high}</div>'
 
 
-def _summary_table(summary: list[dict[str, Any]]) -> str:
+def _summary_table(entries: list[dict[str, Any]]) -> str:
     head = ["Metric", "Unit", "Class", "Mean", "SD", "95 % interval", "n", "Excluded"]
-    return page.table(head, map(_summary_line, summary))
+    return page.table(head, map(_summary_line, entries))
 
 
 def _summary_line(entry: dict[str, Any]) -> list[str]:
