@@ -86,9 +86,15 @@ def inspect(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> N
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; configs/ has examples")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in optim.lr=0.01 data.labelled=8")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings, as in optim.lr=0.01 data.labelled=8; docs/configuration.md has all"),
+    ] = None,
 ) -> None:
-    """Train, or go on from the newest checkpoint; one process, or a rank under torchrun or accelerate launch."""
+    """Train, or go on from the newest checkpoint.
+
+    One process by itself, or one rank of many under torchrun or accelerate launch, with the same arguments.
+    """
     from cclmpc_dist.config import load
 
     settings = load(config, overrides or [])
@@ -108,7 +114,10 @@ def evaluate(
     checkpoint: Annotated[Literal["last", "best"], typer.Option(help="best: on the cases of data.select")] = "last",
     split: Annotated[Literal["val", "select", "unlabelled", "labelled"], typer.Option(help="cases to score")] = "val",
 ) -> None:
-    """Predict and score whole volumes; alone, or over the ranks of torchrun. Writes RUN/eval/."""
+    """Predict and score whole volumes, into RUN/eval/.
+
+    Alone, or sharing the cases over the ranks of torchrun.
+    """
     from cclmpc_dist.distributed import runtime
     from cclmpc_dist.evaluation import held_out
 
@@ -123,7 +132,7 @@ def evaluate(
 
 @app.command()
 def report(run: Run) -> None:
-    """Write RUN/report.html: curves, table, pictures, configuration, machine."""
+    """Write RUN/report.html: curves, table, pictures."""
     from cclmpc_dist.evaluation import report as room
 
     print(f"report: {room.report(run)}")
@@ -135,7 +144,7 @@ def bench_loader(
     shards: Annotated[Path, typer.Argument(help="the same corpus, sharded")],
     out: Out = None,
 ) -> None:
-    """Crops a second of one core: these shards, UA-MT's way of reading the h5 files, and a bare memcpy."""
+    """Crops a second, on one core, from these shards; beside it UA-MT's h5 way and a bare memcpy."""
     from cclmpc_dist.data.bench import bench_loader as measure
 
     _record(measure(la, shards), out)
@@ -146,7 +155,7 @@ def bench_eval(
     la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,
     out: Out = None,
 ) -> None:
-    """Metrics of whole volumes against medpy: seconds and largest difference."""
+    """Metrics of whole volumes against medpy: seconds, largest difference."""
     from cclmpc_dist.evaluation.bench import bench_eval as measure
 
     _record(measure(la), out)
@@ -160,7 +169,7 @@ def bench_contrast(
     classes: Annotated[int, typer.Option(min=2)] = 2,
     out: Out = None,
 ) -> None:
-    """Forward and backward of the pixel contrast, all logits at once against streamed: seconds, memory, difference."""
+    """Pixel contrast, all logits at once against streamed: seconds, memory, difference of forward and backward."""
     from cclmpc_dist.losses.bench import bench_contrast as measure
 
     _record(measure(anchors, keys, features, classes), out)

@@ -5,7 +5,8 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -47,7 +48,9 @@ class Data(Settings):
     oversample_foreground: float = _fraction(0.0, "share of labelled crops that are placed on a foreground voxel")
     rotate: bool = Field(True, description="random quarter turns in the first two axes")
     flip: tuple[NonNegativeInt, ...] = Field((0, 1), description="axes flipped at random")
-    workers: NonNegativeInt = Field(1, description="loader processes a rank")
+    workers: NonNegativeInt = Field(
+        0, description="loader processes a rank; 0 reads between steps, which is faster for shards on a local disk"
+    )
     block: PositiveInt = Field(16, description="shards shuffled together; a rank reads about this many at once")
     on_error: Literal["fail", "skip"] = Field("fail", description="an unreadable sample stops the run, or is replaced "
                                               "by its lane's next one and counted")  # fmt: skip
@@ -157,7 +160,7 @@ class Config(Settings):
     model: Model = Model()
     ccl_mpc: CCLMPC = CCLMPC()
     optim: Optim = Optim()
-    budget: Budget = Budget(images=24000)
+    budget: Budget
     accumulate: PositiveInt = Field(1, description="microbatches an optimiser step; losses are those of a microbatch")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, or the autocast type")
     channels_last: bool = Field(False, description="channels-last memory layout")
@@ -330,3 +333,46 @@ def _without(raw: dict[str, Any], locs: Sequence[tuple[int | str, ...]]) -> dict
             del node[part]
             break
     return copy
+
+
+def reference() -> str:
+    """All settings as a Markdown page, which docs/configuration.md is."""
+    lines = [
+        "# Settings",
+        "",
+        "Made by `python -m cclmpc_dist.config > docs/configuration.md`. Any setting can follow a configuration",
+        "file on the command line as `key=value`. Batch sizes are global: over all ranks.",
+        "",
+        "| key | type | default | what it is |",
+        "|---|---|---|---|",
+        *_rows(Config, ""),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(section: type[BaseModel], prefix: str) -> list[str]:
+    rows = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _rows(kind, f"{prefix}{name}.")
+            continue
+        default = "must be set" if field.is_required() else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{prefix}{name}` | {_kind(kind)} | {default} | {field.description} |")
+    return rows
+
+
+def _kind(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join("unset" if choice is type(None) else _kind(choice) for choice in get_args(kind))
+    if get_origin(kind) in (tuple, list):
+        return f"list of {_kind(get_args(kind)[0])}"
+    if get_origin(kind) is Annotated:
+        return _kind(get_args(kind)[0])
+    return str(kind.__name__)
+
+
+if __name__ == "__main__":
+    print(reference())

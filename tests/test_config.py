@@ -7,7 +7,7 @@ import pytest
 import toy
 import yaml
 
-from cclmpc_dist.config import Config, check_world, dump, load
+from cclmpc_dist.config import Config, check_world, dump, load, reference
 from cclmpc_dist.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -110,6 +110,11 @@ def test_bank_must_hold_a_step(tmp_path: Path) -> None:
 def test_batch_not_set_follows_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, data__batch_labelled=None)
     assert [config.batch("labelled", world) for world in (1, 2, 5)] == [2, 2, 5]
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text() == reference() + "\n", "run: python -m cclmpc_dist.config > docs/configuration.md"
 
 
 def test_every_setting_is_documented() -> None:
