@@ -28,7 +28,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the
 
 @app.command()
 def shard(
-    source: Annotated[Path, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
+    source: Annotated[str, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
     format: Annotated[Literal["la-h5", "phantom"], typer.Option(help="what the corpus is")],
     out: Annotated[Path, typer.Option(help="new folder for the shards and their index")],
     list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases and their order")] = None,
@@ -46,9 +46,11 @@ def shard(
     from cclmpc_dist.data import phantom, shards, sources
 
     if format == "phantom":
-        cases = phantom.cases(_count(source), seed, size)
+        if not source.isdigit() or list_file is not None:
+            raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list")
+        cases = phantom.cases(int(source), seed, size)
     else:
-        cases = sources.FORMATS[format](source, list_file)
+        cases = sources.la_h5(source, list_file)
     index = shards.write(
         cases,
         out,
@@ -102,9 +104,7 @@ def train(
 
     preemption.listen()
     if not trainer.train(settings) and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise typer.Exit(
-            PREEMPTED
-        )  # under torchrun's agent the file RUN/preempted says it: any other code restarts the ranks
+        raise typer.Exit(PREEMPTED)
 
 
 @app.command(name="eval")
@@ -140,25 +140,28 @@ def report(run: Run) -> None:
 
 @bench.command("loader")
 def bench_loader(
-    la: Annotated[Path, typer.Argument(help="folder of <case>/mri_norm2.h5")],
-    shards: Annotated[Path, typer.Argument(help="the same corpus, sharded")],
+    la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes phantoms")] = None,
+    list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
     out: Out = None,
 ) -> None:
-    """Crops a second, on one core, from these shards; beside it UA-MT's h5 way and a bare memcpy."""
+    """Crops a second, on one core: shards, UA-MT's h5 way, a bare memcpy."""
     from cclmpc_dist.data.bench import bench_loader as measure
 
-    _record(measure(la, shards), out)
+    _record(measure(la, list_file, repeats=repeats), out)
 
 
 @bench.command("eval")
 def bench_eval(
     la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,
+    volumes: Annotated[int, typer.Option(min=1, help="volumes scored, five predictions each")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 5,
     out: Out = None,
 ) -> None:
     """Metrics of whole volumes against medpy: seconds, largest difference."""
     from cclmpc_dist.evaluation.bench import bench_eval as measure
 
-    _record(measure(la), out)
+    _record(measure(la, volumes=volumes, repeats=repeats), out)
 
 
 @bench.command("contrast")
@@ -167,18 +170,15 @@ def bench_contrast(
     keys: Annotated[int, typer.Option(min=1)] = 65536,
     features: Annotated[int, typer.Option(min=1)] = 256,
     classes: Annotated[int, typer.Option(min=2)] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
     out: Out = None,
 ) -> None:
     """Pixel contrast, all logits at once against streamed: seconds, memory, difference of forward and backward."""
     from cclmpc_dist.losses.bench import bench_contrast as measure
 
-    _record(measure(anchors, keys, features, classes), out)
-
-
-def _count(source: Path) -> int:
-    if not str(source).isdigit():
-        raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder")
-    return int(str(source))
+    if keys < anchors:
+        raise InputError(f"--keys {keys} is less than --anchors {anchors}: the anchors are keys too, give more")
+    _record(measure(anchors, keys, features, classes, repeats=repeats), out)
 
 
 def _say(text: str) -> None:

@@ -5,24 +5,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cclmpc_dist.errors import InputError
 
-Fraction = float  # in [0, 1]; bounded where it is used
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -37,7 +28,7 @@ def _fraction(default: float, text: str) -> Any:
 
 class Data(Settings):
     path: str = Field(description="folder that `cclmpc shard` wrote")
-    labelled: int | list[str] | None = Field(None, description="labelled training cases: the first N, or their keys; "
+    labelled: PositiveInt | list[str] | None = Field(None, description="labelled training cases: first N, or keys; "
                                              "unset takes what the shards say")  # fmt: skip
     select: NonNegativeInt = Field(0, description="labelled cases set aside to choose the best checkpoint on")
     patch: tuple[PositiveInt, ...] = Field(description="crop size in voxels, one number an axis")
@@ -199,6 +190,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration ({error.strerror}): name a YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text: name a YAML file") from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -247,8 +240,10 @@ def combinations(config: Config) -> list[str]:
     for axis in config.data.flip:
         if axis >= dims:
             problems.append(f"data.flip names axis {axis} of {dims}: axes count from 0")
+    if len(set(config.data.flip)) < len(config.data.flip):
+        problems.append(f"data.flip = {list(config.data.flip)} names an axis twice: name each once")
     if (config.budget.images is None) == (config.budget.epochs is None):
-        problems.append("budget needs exactly one of budget.images and budget.epochs")
+        problems.append("budget needs exactly one of budget.images and budget.epochs: set one, and the other to null")
     if config.evaluation.every_steps and not config.data.select:
         problems.append("evaluation.every_steps needs validation cases: set data.select to a number of labelled cases, "
                         "or evaluation.every_steps to 0")  # fmt: skip
@@ -271,7 +266,7 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
             )
     contrast = config.ccl_mpc.contrast
     offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
-    if config.method == "ccl_mpc" and 0 < contrast.bank < offered:
+    if config.method == "ccl_mpc" and config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
         problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
                         f"take at least {offered}, or 0 for none")  # fmt: skip
     return problems
@@ -333,46 +328,3 @@ def _without(raw: dict[str, Any], locs: Sequence[tuple[int | str, ...]]) -> dict
             del node[part]
             break
     return copy
-
-
-def reference() -> str:
-    """All settings as a Markdown page, which docs/configuration.md is."""
-    lines = [
-        "# Settings",
-        "",
-        "Made by `python -m cclmpc_dist.config > docs/configuration.md`. Any setting can follow a configuration",
-        "file on the command line as `key=value`. Batch sizes are global: over all ranks.",
-        "",
-        "| key | type | default | what it is |",
-        "|---|---|---|---|",
-        *_rows(Config, ""),
-    ]
-    return "\n".join(lines)
-
-
-def _rows(section: type[BaseModel], prefix: str) -> list[str]:
-    rows = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            rows += _rows(kind, f"{prefix}{name}.")
-            continue
-        default = "must be set" if field.is_required() else f"`{json.dumps(field.default)}`"
-        rows.append(f"| `{prefix}{name}` | {_kind(kind)} | {default} | {field.description} |")
-    return rows
-
-
-def _kind(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(kind))
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join("unset" if choice is type(None) else _kind(choice) for choice in get_args(kind))
-    if get_origin(kind) in (tuple, list):
-        return f"list of {_kind(get_args(kind)[0])}"
-    if get_origin(kind) is Annotated:
-        return _kind(get_args(kind)[0])
-    return str(kind.__name__)
-
-
-if __name__ == "__main__":
-    print(reference())

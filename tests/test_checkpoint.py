@@ -51,9 +51,8 @@ def test_the_copy_is_taken_when_save_returns(tmp_path: Path) -> None:
 
 def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     checkpoints = _save(tmp_path, 1)
-    checkpoints.best = 1
     for step in (2, 3, 4):
-        checkpoints.save(step, {}, {}, {})
+        checkpoints.save(step, {}, {}, {}, best=1)
     checkpoints.wait()
     assert complete_steps(tmp_path) == [1, 3, 4]
 

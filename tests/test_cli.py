@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,69 @@ def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Pat
     assert code == 2, printed
     assert "order" in printed
     assert "in the checkpoint" in printed
+
+
+@pytest.mark.parametrize("override", ["model.filters=8", "ema=0.9", "method=supervised"])
+def test_evaluation_of_another_network_is_refused(override: str, small_run: Path) -> None:
+    code, printed = cclmpc("eval", small_run, override)
+    assert code == 2, printed
+    assert "leave" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.fixture(scope="module")
+def small_run(toy_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    assert cclmpc("train", write(folder, toy.settings(toy_corpus, folder, budget__images=12)))[0] == 0
+    return folder / "toy"
+
+
+def test_training_on_a_terminal_shows_a_bar(toy_corpus: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=24))
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cclmpc_dist", "train", str(config)], stderr=terminal, stdout=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    while chunk := _read(main):
+        shown += chunk
+    assert process.wait(60) == 0, shown.decode()
+    assert b"4/4" in shown
+    assert "━".encode() in shown
+    assert b"samples/s" in shown
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux says so when the other side has closed
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cases"),
+    [
+        (["loader", "--repeats", "1"], {"shards", "gzip_h5", "memcpy", "shards_zstd"}),
+        (["eval", "--volumes", "1", "--repeats", "1"], {"medpy", "ours"}),
+        (
+            ["contrast", "--anchors", "64", "--keys", "256", "--features", "8", "--repeats", "1"],
+            {"naive", "keys, tile 4096"},
+        ),
+    ],
+)
+def test_benchmarks_write_records(arguments: list[str], cases: set[str], tmp_path: Path) -> None:
+    code, printed = cclmpc("bench", *arguments, "--out", tmp_path / "b.json")
+    assert code == 0, printed
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert {"machine", "versions", "commit", "command"} <= found["meta"].keys()
+    assert {record["variant"] for record in found["records"]} >= cases
+    assert all(set(record) == {"bench", "case", "variant", "metric", "value", "unit"} for record in found["records"])
+
+
+def test_benchmarks_refuse_what_is_not_there() -> None:
+    assert "nowhere: holds no" in cclmpc("bench", "eval", "--la", "nowhere")[1]
+    assert "--keys 1 is less than --anchors" in cclmpc("bench", "contrast", "--keys", "1")[1]
 
 
 def test_help_is_quick_to_load_and_names_every_verb() -> None:

@@ -11,7 +11,7 @@ from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.reader import Reader
-from cclmpc_dist.data.sources import FORMATS, la_h5
+from cclmpc_dist.data.sources import la_h5
 from cclmpc_dist.errors import InputError
 
 LA = Path(__file__).parents[1].parent / "shared/la"
@@ -34,7 +34,7 @@ def one_line(error, *words):
 
 
 def test_la_yields_image_label_and_spacing(folder):
-    cases = list(FORMATS["la-h5"](folder))
+    cases = list(la_h5(folder))
     assert [case.key for case in cases] == ["a", "b"]
     np.testing.assert_array_equal(cases[0].image, IMAGE[None])
     np.testing.assert_array_equal(cases[0].label, LABEL)

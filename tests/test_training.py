@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -12,10 +13,15 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from cclmpc_dist.config import Optim, parse
+from cclmpc_dist.data import phantom, shards
+from cclmpc_dist.data.case import Case
+from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.order import Order
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.losses.terms import Additive, Ratio
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
+from cclmpc_dist.training.checkpoint import complete_steps, read_state
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.objective import objective
 from cclmpc_dist.training.schedule import rate
@@ -101,6 +107,7 @@ def test_bf16_accumulation_clipping_and_adamw_train(toy_corpus: Path, tmp_path: 
     raw = toy.settings(
         toy_corpus, tmp_path, precision="bf16", accumulate=2, optim__name="adamw", optim__clip=1.0, optim__lr=3e-3,
         ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation__every_steps=10, budget__images=480,
+        checkpoint={"every_steps": 10, "keep": 1},
     )  # fmt: skip
     averaged = run_ranks(train_quietly, 2, raw)
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
@@ -108,8 +115,17 @@ def test_bf16_accumulation_clipping_and_adamw_train(toy_corpus: Path, tmp_path: 
     assert len(losses) == 20  # 480 images, 12 a microbatch, 2 microbatches a step
     assert sum(losses[-3:]) < sum(losses[:3])
     assert [line["step"] for line in lines if "val/dice" in line] == [10, 20]
+    state = read_state(tmp_path / "toy" / "checkpoints", 20)  # validated and due at one step: saved once, the best kept
+    assert set(complete_steps(tmp_path / "toy" / "checkpoints")) == {20, state["best"]["step"]}
     assert all(torch.isfinite(value).all() for value in averaged[0].values())
-    needed = {"train/certain_fraction", "train/gradient_norm", "optim/lr", "weight/cgcl", "perf/data_wait_share"}
+    needed = {
+        "train/certain_fraction",
+        "train/gamma",
+        "train/gradient_norm",
+        "optim/lr",
+        "weight/cgcl",
+        "perf/data_wait_share",
+    }
     assert needed <= lines[-2].keys()
     assert list((tmp_path / "toy" / "tensorboard").iterdir())
 
@@ -171,3 +187,58 @@ def _average(rank: int, world: int) -> list[float]:
     tensors = [torch.tensor([1.0 + rank]), torch.tensor(2.0 * (rank + 1))]
     runtime.average_(tensors)
     return [tensors[0].item(), tensors[1].item()]
+
+
+def test_checkpoints_by_the_clock(toy_corpus: Path, tmp_path: Path) -> None:
+    """Every step is late for a clock of a millisecond; the ranks act on rank 0's."""
+    raw = toy.settings(toy_corpus, tmp_path, budget__images=48, ema=0.5,
+                       checkpoint={"every_steps": 0, "every_minutes": 1e-5, "keep": 9})  # fmt: skip
+    run_ranks(train_quietly, 2, raw)
+    assert complete_steps(tmp_path / "toy" / "checkpoints") == [1, 2, 3, 4]
+
+
+def test_two_dimensional_images_train(tmp_path: Path) -> None:
+    """Slices of the phantom with two channels."""
+    cases = (
+        Case(case.key, np.concatenate([case.image[..., 16], case.image[..., 17]]), case.label[..., 16], (1.0, 1.0), {})
+        for case in phantom.cases(6, 0, 40)
+        if case.label is not None
+    )
+    shards.write(cases, tmp_path / "slices", source="test", labelled=2)
+    raw = toy.settings(tmp_path / "slices", tmp_path, data__patch=[32, 32], data__batch_labelled=2,
+                       data__batch_unlabelled=2, budget__images=40, model__swin__window=[2, 2], ema=0.5)  # fmt: skip
+    run_ranks(train_quietly, 1, raw)
+    losses = [json.loads(line)["loss/total"] for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 10
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_skipped_samples_are_counted_over_microbatches_and_ranks(tmp_path: Path) -> None:
+    """One unlabelled image's header is damaged: its lane's next sample stands in, as often as it comes."""
+    folder = toy.corpus(tmp_path / "shards")
+    index = Index.open(folder)
+    row = int(select(index, None)["unlabelled"][0])
+    shard = index.shard_path(int(index["shard"][row]))
+    data = bytearray(shard.read_bytes())
+    start = int(index["image_at"][row])
+    data[start : start + 6] = b"broken"
+    shard.write_bytes(data)
+    raw = toy.settings(folder, tmp_path, method="ccl_mpc", accumulate=2, budget__images=192, ema=0.5,
+                       data__on_error="skip")  # fmt: skip
+    run_ranks(train_quietly, 2, raw)
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["data/skipped"] for line in lines) == _times(index, row, batch=6, microbatches=16, seed=1337)
+
+
+def _times(index: Index, row: int, batch: int, microbatches: int, seed: int) -> int:
+    samples = select(index, None)["unlabelled"]
+    order = Order(samples, index["shard"][samples], batch, seed, "unlabelled", 16, index.identity)
+    return sum((order.batch(step, range(batch))[0] == row).sum() for step in range(microbatches))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gpu_trains_in_mixed_precision(precision: str, toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, precision=precision, ema=0.5, budget__images=120)
+    (averaged,) = run_ranks(train_quietly, 1, raw)
+    assert all(torch.isfinite(value).all() for value in averaged.values())

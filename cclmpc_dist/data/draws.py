@@ -7,6 +7,7 @@ of a key is a 64-bit mix (splitmix64, Steele et al., OOPSLA 2014) of key + i * g
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,11 @@ def key(*parts: int | str) -> int:
     """A signed 64-bit key from integers and names, the same on every machine (blake2b)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def philox(*parts: int | str) -> np.random.Philox:
+    """numpy's counter-based bits under such a key, for draws on the host."""
+    return np.random.Philox(key=key(*parts) % _WORD)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

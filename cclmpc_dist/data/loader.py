@@ -8,6 +8,7 @@ import math
 import mmap
 import multiprocessing.connection
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -240,7 +241,12 @@ def _context() -> Any:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the main process does, killed or not: torch's own watch sees only the fork server."""
+    """Let a worker end when the main process does, killed or not: torch's own watch sees only the fork server.
+
+    SIGTERM and SIGINT, which a cluster sends to all processes of a job, are the main process's to answer.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from cclmpc_dist.data.draws import key
+from cclmpc_dist.data.draws import philox
 from cclmpc_dist.data.reader import recent
 from cclmpc_dist.errors import InputError
 
 VERSION = 1
 EPOCHS = 2  # epochs whose shard order is kept
-WORD = (1 << 64) - 1
 
 
 def permutation(n: int, *parts: int | str) -> np.ndarray:
     """A permutation of n from Philox's raw words, so that it stays the same under any version of numpy."""
-    return np.argsort(np.random.Philox(key=key(*parts) & WORD).random_raw(n), kind="stable")
+    return np.argsort(philox(*parts).random_raw(n), kind="stable")
 
 
 def rank_lanes(batch: int, rank: int, world: int, group: int = 1) -> range:

@@ -9,14 +9,13 @@ segment; a bias field, blur and noise follow. All of it [F]. Images are 8-bit gr
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.random import Generator, Philox
+from numpy.random import Generator
 from scipy.ndimage import gaussian_filter, zoom
 
 from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.draws import key
+from cclmpc_dist.data.draws import philox
 
 SPACING = (1.25, 1.25, 1.25)  # mm
-WORD = (1 << 64) - 1
 
 
 def cases(count: int = 16, seed: int = 0, size: int = 64) -> Iterator[Case]:
@@ -27,7 +26,7 @@ def cases(count: int = 16, seed: int = 0, size: int = 64) -> Iterator[Case]:
 
 def case(number: int, seed: int = 0, size: int = 64) -> Case:
     """Case `number`: image (1, X, Y, Z) float32 of mean about 0 and deviation about 1, label {0, 1}."""
-    rng = Generator(Philox(key=key("phantom", seed, number) & WORD))
+    rng = Generator(philox("phantom", seed, number))
     shape = tuple(int(n) for n in rng.integers(size - size // 8, size + size // 8, size=3, endpoint=True))
     grid = _grid(shape)
     body, others, label = _anatomy(rng, grid)

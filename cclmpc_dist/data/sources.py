@@ -1,11 +1,10 @@
 """Corpora on disk: each source yields Cases, in the order the corpus gives them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cclmpc_dist.data import phantom
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.errors import InputError
 
@@ -35,9 +34,6 @@ def la_h5(folder: str | Path, list_file: str | Path | None = None) -> Iterator[C
             f"{list_file}: case {absent[0]}{others} is not in {folder}: take it off the list or fetch its file"
         )
     return (_la_case(folder / key / LA_FILE, key) for key in keys)
-
-
-FORMATS: dict[str, Callable[..., Iterator[Case]]] = {"la-h5": la_h5, "phantom": phantom.cases}
 
 
 def _listed(path: Path) -> list[str]:

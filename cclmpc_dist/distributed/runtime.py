@@ -48,6 +48,11 @@ def start(precision: str) -> Accelerator:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set, and accumulation is a setting here: unset it "
+            "(accelerate launch: no --gradient_accumulation_steps) and use accumulate=N"
+        )
     if accelerator.num_processes != expected or world_size() != expected:
         raise InputError(
             f"the launcher started {expected} processes, the process group has {world_size()}: "
@@ -71,7 +76,8 @@ def _launched_world_size() -> int:
     if "WORLD_SIZE" not in os.environ and asked_for_several:
         raise InputError(
             "accelerate launch was asked for several processes and started one (it does so with --cpu): "
-            "use torchrun --nproc-per-node N -m cclmpc_dist, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+            "use torchrun --nproc-per-node N -m cclmpc_dist, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu; "
+            "for one process unset MASTER_ADDR"
         )
     return int(os.environ.get("WORLD_SIZE", 1))
 

@@ -76,6 +76,8 @@ def _pairs(la: Path | None, volumes: int, size: Shape) -> Iterator[tuple[str, np
 
 
 def _la_labels(la: Path | None, volumes: int) -> list[tuple[str, np.ndarray]]:
+    if la is not None and not any(la.glob("*/mri_norm2.h5")):
+        raise InputError(f"{la}: holds no <case>/mri_norm2.h5: name the folder of the LA volumes")
     labels = []
     for path in sorted(la.glob("*/mri_norm2.h5"))[:volumes] if la else []:
         with h5py.File(path) as file:

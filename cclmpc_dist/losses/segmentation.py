@@ -49,6 +49,11 @@ def seg(log_p: Float[Tensor, "B K *S"], y: Int[Tensor, " B *S"]) -> list[Part]:
     return [(0.5, cross_entropy(log_p, y)), (0.5, dice(log_p.exp(), y))]
 
 
+def log_softmax(logits: Float[Tensor, "B K *S"]) -> Float[Tensor, "B K *S"]:
+    """Class log-probabilities in at least float32."""
+    return logits.log_softmax(1, dtype=wide(logits))
+
+
 def wide(x: Tensor) -> torch.dtype:
     """x's type, or float32 where it is narrower."""
     return torch.promote_types(x.dtype, torch.float32)

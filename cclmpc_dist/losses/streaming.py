@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cclmpc_dist.losses.segmentation import wide
+
 UNKNOWN = -1  # a class that is not certain
 
 
@@ -23,7 +25,7 @@ def full_precision(x: Tensor) -> torch.amp.autocast:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x))
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """CCL-MPC (Du et al., Neurocomputing 621 (2025) 129287): two heterogeneous decoders, certainty-guided consistency and
 two contrastive losses. The 3D form is this project's port: no CCL-MPC on 3D data has been published."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +15,10 @@ from cclmpc_dist.data.views import views
 from cclmpc_dist.losses import certainty, contrast, sampling
 from cclmpc_dist.losses.consistency import squared
 from cclmpc_dist.losses.memory_bank import MemoryBank, gather_offers
-from cclmpc_dist.losses.segmentation import IGNORE, seg
+from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg
 from cclmpc_dist.losses.terms import Additive, Part
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
-from cclmpc_dist.models.dual_branch import DualBranch
-
-STRIDE = 8  # of the map that both heads sit on
+from cclmpc_dist.models.dual_branch import HEAD_STRIDE, DualBranch
 
 
 @dataclass
@@ -38,6 +37,7 @@ class Step:
     pseudo: Tensor | None
     keys: Tensor
     lanes: dict[str, Tensor]
+    map_size: list[int]
 
     @property
     def labelled(self) -> int:
@@ -94,6 +94,8 @@ class CCLMPC(Method):
         metrics: Metrics = {}
         if shared.pseudo is not None:
             metrics["train/certain_fraction"] = _share(shared.pseudo != IGNORE)
+            one = shared.log_p.new_ones(())
+            metrics["train/gamma"] = Additive(one * self._gamma(step), one)
         if weights["hdc"] > 0:
             terms |= self._consistency(shared)
         if weights["sbcl"] > 0:
@@ -111,23 +113,26 @@ class CCLMPC(Method):
         seen = torch.cat([views(images, keys, view, self.own.views) for view in (1, 2)])
         asked: dict[str, Tensor] = {}
         if weights["sbcl"] > 0:
-            places = _map_size(images)
+            places = math.prod(_map_size(images))
             settings = self.own.contrast
             asked["positions"] = draws.subset(keys, "sbcl", places, min(settings.n_sbcl, places)).repeat(2, 1)
             asked["originals"] = images
             asked["original_positions"] = draws.subset(keys, "negatives", places, min(settings.n_negatives, places))
         out = model(seen, swin=self.with_swin, embed=weights["cgcl"] > 0, **asked)
-        log_c = _log_softmax(out["conv"]).unflatten(0, (2, -1))
-        log_t = _log_softmax(out["swin"]).unflatten(0, (2, -1)) if self.with_swin else log_c
+        log_c = log_softmax(out["conv"]).unflatten(0, (2, -1))
+        log_t = log_softmax(out["swin"]).unflatten(0, (2, -1)) if self.with_swin else log_c
         log_p = certainty.mean_log(log_c, log_t)
         labels = batch["labelled"]["label"]
         pseudo = None
         if unlabelled:
-            gamma = certainty.gamma(step / self.total, self.own.gamma_start, self.own.gamma_end)
             both = certainty.mean_log(log_p[0, len(labels) :].detach(), log_p[1, len(labels) :].detach())
-            pseudo = certainty.partition(both, gamma)
+            pseudo = certainty.partition(both, self._gamma(step))
         lanes = {name: batch[name]["lane"] for name in ("labelled", "unlabelled") if unlabelled or name == "labelled"}
-        return Step(out, log_c, log_t, log_p, labels, pseudo, keys, lanes)
+        return Step(out, log_c, log_t, log_p, labels, pseudo, keys, lanes, _map_size(images))
+
+    def _gamma(self, step: int) -> float:
+        """Normalised entropy up to which a pixel is certain."""
+        return certainty.gamma(step / self.total, self.own.gamma_start, self.own.gamma_end)
 
     def _supervised(self, shared: Step) -> list[Part]:
         """docs/method.md 1: mean over the two views, D_c weight 1, D_t weight swin_weight."""
@@ -154,8 +159,7 @@ class CCLMPC(Method):
     def _classes_on_map(self, shared: Step) -> Tensor:
         """(B, P) labels of the labelled images and certain pseudo-labels of the others, IGNORE elsewhere."""
         assert shared.pseudo is not None
-        size = [axis // STRIDE for axis in shared.labels.shape[1:]]
-        return certainty.nearest(torch.cat([shared.labels, shared.pseudo]), size).flatten(1)
+        return certainty.nearest(torch.cat([shared.labels, shared.pseudo]), shared.map_size).flatten(1)
 
     def _sbcl(self, shared: Step) -> list[Part]:
         """docs/method.md 4: views of one stream against the originals of the other. Both directions of a
@@ -193,8 +197,7 @@ class CCLMPC(Method):
         classes = self._classes_on_map(shared)
         embedding = shared.out["embedding"].unflatten(0, (2, -1)).flatten(3)  # (2, B, F, P)
         features = embedding.permute(1, 0, 3, 2).flatten(1, 2)  # (B, 2P, F): view 1's positions, then view 2's
-        size = [axis // STRIDE for axis in shared.labels.shape[1:]]
-        guess = certainty.likeliest(certainty.nearest(shared.log_p.detach().flatten(0, 1), size))  # view by view
+        guess = certainty.likeliest(certainty.nearest(shared.log_p.detach().flatten(0, 1), shared.map_size))
         labels = classes.repeat(1, 2)
         hard = guess.unflatten(0, (2, -1)).transpose(0, 1).flatten(1) != labels
         index, valid = sampling.sample_anchors(
@@ -248,25 +251,19 @@ class CCLMPC(Method):
 
         def predict(image: Tensor) -> Tensor:
             out = module(image, swin=mean)
-            log_c = _log_softmax(out["conv"])
-            return (certainty.mean_log(log_c, _log_softmax(out["swin"])) if mean else log_c).exp()
+            log_c = log_softmax(out["conv"])
+            return (certainty.mean_log(log_c, log_softmax(out["swin"])) if mean else log_c).exp()
 
         return predict
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.log_softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
 def _share(mask: Tensor) -> Additive:
-    return Additive(mask.sum(), torch.tensor(mask.numel(), device=mask.device))
+    return Additive(mask.sum(), torch.full((), mask.numel(), device=mask.device))
 
 
-def _map_size(images: Tensor) -> int:
-    size = 1
-    for axis in images.shape[2:]:
-        size *= axis // STRIDE
-    return size
+def _map_size(images: Tensor) -> list[int]:
+    """S of the map that both heads sit on, from (B, C, *S)."""
+    return [axis // HEAD_STRIDE for axis in images.shape[2:]]
 
 
 def _take(features_BPF: Tensor, index_BKn: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cclmpc_dist.losses.segmentation import seg
+from cclmpc_dist.losses.segmentation import log_softmax, seg
 from cclmpc_dist.methods.method import Batch, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import DualBranch
 
@@ -31,8 +31,8 @@ class Supervised(Method):
 
     def terms(self, model: nn.Module, batch: Batch, step: int) -> tuple[Terms, Metrics]:
         labelled = batch["labelled"]
-        logits = model(labelled["image"])["conv"]
-        return {"sup": seg(logits.log_softmax(1), labelled["label"])}, {}
+        log_p = log_softmax(model(labelled["image"])["conv"])
+        return {"sup": seg(log_p, labelled["label"])}, {}
 
     def predictor(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda image: module(image)["conv"].float().softmax(1)
+        return lambda image: log_softmax(module(image)["conv"]).exp()

@@ -36,7 +36,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, rank: int, world_size: int, keep: int) -> None:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
-        self.best: int | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -46,15 +45,18 @@ class Checkpoints:
         for left in self.folder.glob("*.tmp"):
             shutil.rmtree(left)
 
-    def save(self, step: int, groups: dict[str, Tensors], mine: Tensors, state: dict[str, Any]) -> None:
-        """Start writing checkpoint `step`. groups: rank 0's files; mine: this rank's; state: JSON values.
+    def save(
+        self, step: int, groups: dict[str, Tensors], mine: Tensors, state: dict[str, Any], best: int | None = None
+    ) -> None:
+        """Start writing checkpoint `step`, one that is not there yet. groups: rank 0's files; mine: this rank's; state:
+        JSON values; best: a step that is kept whatever its age.
 
         Returns once every tensor is copied to host memory. Raises InputError if an earlier save failed.
         """
         self.wait()
         copies = {name: _to_host(group) for name, group in groups.items()} if self.rank == 0 else {}
         copies[_rank_file(self.rank)] = _to_host(mine)
-        self._thread = threading.Thread(target=self._write, args=(step, copies, state), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state, best), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -71,7 +73,7 @@ class Checkpoints:
                 "make room or rights there and start again; the checkpoints before it are whole"
             ) from error
 
-    def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any]) -> None:
+    def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any], best: int | None) -> None:
         temporary = self.folder / f"{_name(step)}.tmp"
         try:
             temporary.mkdir(exist_ok=True)
@@ -79,6 +81,7 @@ class Checkpoints:
                 _save_whole(tensors, temporary / f"{name}.safetensors")
             if self.rank == 0:
                 self._commit(step, temporary, state)
+                self._prune({step, best})
         except Exception as error:  # carried over to the main thread, which raises it in wait()
             self._error = error
             if self.rank == 0:
@@ -95,17 +98,12 @@ class Checkpoints:
         manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
         _write_json(temporary / "manifest.json", manifest)
         _sync_folder(temporary)
-        final = self.folder / _name(step)
-        if final.exists():  # saved before a resume; the same numbers
-            shutil.rmtree(final)
-        temporary.rename(final)
+        temporary.rename(self.folder / _name(step))
         _sync_folder(self.folder)
-        self._prune(step)
 
-    def _prune(self, newest: int) -> None:
-        steps = complete_steps(self.folder)
-        for step in steps[: -self.keep]:
-            if step not in (self.best, newest):
+    def _prune(self, needed: set[int | None]) -> None:
+        for step in complete_steps(self.folder)[: -self.keep]:
+            if step not in needed:
                 shutil.rmtree(self.folder / _name(step))
 
 

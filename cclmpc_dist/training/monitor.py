@@ -9,47 +9,49 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 
 class Monitor:
-    """Rank 0's log of a run; on other ranks every call does nothing."""
+    """Rank 0's log of a run of `total` steps; on other ranks (active False) every call does nothing."""
 
     def __init__(self, folder: Path, name: str, total: int, active: bool) -> None:
-        self.name, self.total, self.active = name, total, active
+        self.folder, self.name, self.total, self.active = folder, name, total, active
         self._progress: Any = None
-        if not active:
+        self._started, self._first = 0.0, -1
+
+    @contextmanager
+    def recording(self, step: int) -> Iterator[None]:
+        """Keeps the files and the bar open; what TensorBoard has beyond `step` is struck out."""
+        if not self.active:
+            yield
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl = (folder / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._started, self._first = time.monotonic(), -1
-        if sys.stderr.isatty():
-            self._progress = _progress_bar()
-            self._task = self._progress.add_task(name, total=total)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        with (self.folder / "metrics.jsonl").open("a") as self._jsonl, self._board, self._bar(step):
+            yield
 
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        if self.active:
-            self._jsonl.close()
-            self._board.close()
+    @contextmanager
+    def _bar(self, step: int) -> Iterator[None]:
+        """Rich's progress on a terminal, nothing elsewhere."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        with _progress_bar() as self._progress:
+            self._task = self._progress.add_task(self.name, total=self.total, completed=step, text="")
+            yield
+        self._progress = None
 
     def say(self, text: str) -> None:
-        """One plain line to a person."""
-        if self.active:
+        """One plain line to a person, above the bar where there is one."""
+        if self.active and self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif self.active:
             print(text, file=sys.stderr, flush=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -77,12 +79,19 @@ class Monitor:
 
 
 class Window:
-    """Scalars of the steps since the last log line."""
+    """Scalars and times of the steps since the last log line; saving and validation between them are not timed."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
-        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+        self.steps += 1
 
     def wait_for(self, batches: Iterator[Any]) -> Any:
         began = time.perf_counter()
@@ -90,25 +99,20 @@ class Window:
         self.waited += time.perf_counter() - began
         return batch
 
-    def add(self, values: dict[str, float], kept: bool) -> None:
-        self.steps += 1
-        for name, value in values.items() if kept else ():
-            if not name.startswith("flag/"):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        if "data/skipped" in self.sums:
-            means["data/skipped"] = self.sums["data/skipped"]
-        return means
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def performance(self, images: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
+        """images: of one step, over all ranks."""
         return {
-            "perf/step_seconds": seconds / self.steps,
-            "perf/samples_per_second": images * self.steps / seconds,
-            "perf/data_wait_share": self.waited / seconds,
+            "perf/step_seconds": self.seconds / self.steps,
+            "perf/samples_per_second": images * self.steps / self.seconds,
+            "perf/data_wait_share": self.waited / self.seconds,
         }
 
 
@@ -123,16 +127,15 @@ def _progress_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=Console(stderr=True))
 
 
 def _line(values: dict[str, float]) -> str:
-    losses = "  ".join(
-        f"{name.removeprefix('loss/')} {value:.4f}" for name, value in values.items() if name.startswith("loss/")
-    )
+    losses = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
     rate, wait, memory = (values[f"perf/{name}"] for name in ("samples_per_second", "data_wait_share", "memory_mib"))
-    return f"{losses}  {rate:.2f} samples/s  wait {wait:.0%}  {memory:.0f} MiB"
+    return f"{shown}  {rate:.2f} samples/s  wait {wait:.0%}  {memory:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

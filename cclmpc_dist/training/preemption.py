@@ -13,9 +13,14 @@ def listen() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: _received.append(number))
 
 
-def asked(folder: Path) -> bool:
-    """Whether this process was told to stop: RUN/preempt exists, or SIGTERM came."""
-    return bool(_received) or (folder / "preempt").exists()
+def signalled() -> bool:
+    """Whether this process got SIGTERM."""
+    return bool(_received)
+
+
+def requested(folder: Path) -> bool:
+    """Whether RUN/preempt asks for it."""
+    return (folder / "preempt").exists()
 
 
 def answer(folder: Path, step: int) -> None:
@@ -25,6 +30,5 @@ def answer(folder: Path, step: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Rank 0, at the start: what earlier parts of the run left."""
-    for flag in ("preempt", "preempted"):
-        (folder / flag).unlink(missing_ok=True)
+    """Rank 0, at the start: the run goes on."""
+    (folder / "preempted").unlink(missing_ok=True)

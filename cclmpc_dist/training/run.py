@@ -16,7 +16,7 @@ from cclmpc_dist.config import Config, dump
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.training.checkpoint import complete_steps, read_state
 
-# Settings that may change between the parts of a run: none of them changes a number.
+# Settings that may change between the parts of a run: they are no part of what is optimised.
 FREE = ("log_every", "checkpoint", "evaluation", "runs", "data.path", "data.workers", "data.on_error")
 VERSIONED = ("torch", "accelerate", "numpy", "webdataset", "safetensors", "h5py", "scipy")
 

@@ -54,7 +54,8 @@ def save(trainer: "Trainer") -> None:
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": trainer.config.model_dump(mode="json"),
     }
-    trainer.checkpoints.save(trainer.done, groups, mine, state)
+    best = int(trainer.best["step"]) if trainer.best else None
+    trainer.checkpoints.save(trainer.done, groups, mine, state, best)
 
 
 def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
@@ -67,7 +68,6 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
         trainer.microbatch = stream.order.position(state["streams"][name])
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
     trainer.best = state["best"]
-    trainer.checkpoints.best = int(trainer.best["step"]) if trainer.best else None
     modules = _modules(trainer)
     for name, module in modules.items():
         module.load_state_dict(checkpoint.read_group(folder, step, name))
