@@ -46,10 +46,9 @@ def save(trainer: "Trainer") -> None:
     state = {
         "phase": trainer.phase,
         "phase_step": trainer.step,
-        "microbatch": trainer.microbatch,
         "skipped": trainer.skipped,
         "best": trainer.best,
-        "streams": {name: stream.order.state(trainer.microbatch) for name, stream in trainer.streams.items()},
+        "streams": {name: stream.order.state(trainer.positions[name]) for name, stream in trainer.streams.items()},
         "optimizer": values,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "config": trainer.config.model_dump(mode="json"),
@@ -65,7 +64,7 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
     """
     folder = trainer.checkpoints.folder
     for name, stream in trainer.streams.items():
-        trainer.microbatch = stream.order.position(state["streams"][name])
+        trainer.positions[name] = stream.order.position(state["streams"][name])
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
     trainer.best = state["best"]
     modules = _modules(trainer)

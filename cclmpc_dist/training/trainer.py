@@ -45,7 +45,7 @@ def train(config: Config) -> bool:
 class Trainer:
     """Holds what a run needs; `fit` is the loop.
 
-    step: optimiser steps done in the phase; done: in all phases; microbatch: of the streams, over all phases.
+    step: optimiser steps done in the phase; done: in all phases; positions: microbatches taken from each stream.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -58,7 +58,8 @@ class Trainer:
         self.batches = {name: stream.order.batch_size for name, stream in self.streams.items()}
         self.totals = setup.steps_of_phases(config, self.method, self.streams)
         self.total = sum(self.totals)
-        self.phase, self.step, self.done, self.microbatch, self.skipped, self.in_a_row = 0, 0, 0, 0, 0, 0
+        self.phase, self.step, self.done, self.skipped, self.in_a_row = 0, 0, 0, 0, 0
+        self.positions = dict.fromkeys(self.streams, 0)
         self.checkpoints = Checkpoints(
             run.checkpoints_folder(config.folder), self.rank, self.world, config.checkpoint.keep
         )
@@ -181,7 +182,7 @@ class Trainer:
         count = (self.totals[self.phase] - self.step) * self.config.accumulate
         workers = self.config.data.workers
         parts = {
-            name: loader(self.streams[name], self.microbatch, count, self.rank, self.world, workers, group=group)
+            name: loader(self.streams[name], self.positions[name], count, self.rank, self.world, workers, group=group)
             for name, group in self._phase.streams.items()
         }
         for batches in zip(*parts.values(), strict=True):
@@ -201,7 +202,8 @@ class Trainer:
                 loss, logged = objective(terms, weights, metrics | self._flags(batch))
                 self.accelerator.backward(loss / parts)
             sums = {name: sums[name] + value if sums else value for name, value in logged.items()}
-            self.microbatch += 1
+            for name in batch:
+                self.positions[name] += 1
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
         read = torch.stack([norm.double(), *sums.values()]).tolist()  # the one host read of the step
         values = {"train/gradient_norm": read[0]} | {
@@ -256,7 +258,7 @@ class Trainer:
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
         values |= window.performance(self._images) | {"perf/memory_mib": memory_mib(self.device)}
         for name in self._phase.streams:
-            values[f"data/{name}_epoch"] = self.microbatch / self.streams[name].order.steps
+            values[f"data/{name}_epoch"] = self.positions[name] / self.streams[name].order.steps
         self.monitor.scalars(self.done, values)
         self.monitor.progress(self.done, values)
 
