@@ -3,9 +3,9 @@
     cclmpc shard LA/volumes --format la-h5 --list LA/train.list --val-last 16 --out data/la
     python benchmarks/la_cpu.py --out benchmarks/results/la_cpu.json
 
-`supervised` takes four labelled images a step, as many as CCL-MPC takes in all; `supervised_2` takes CCL-MPC's own two, the
-same batches without the unlabelled ones. A run that is scored already is not made again; each record's run says with
-which command and commit it was made.
+`supervised` takes four labelled images a step, all that CCL-MPC takes; `supervised_2` takes the two of CCL-MPC,
+the same batches without the unlabelled ones. A run that is scored already is not made again; the result says with which
+command and commit each run was made.
 """
 
 import argparse
