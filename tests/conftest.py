@@ -1,12 +1,14 @@
 """Shapes of losses/ and distributed/ are checked wherever a test calls them."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
 jaxtyping.install_import_hook(["cclmpc_dist.losses", "cclmpc_dist.distributed.exchange"], "beartype.beartype")
 
 
@@ -15,6 +17,17 @@ def toy_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import toy
 
     return toy.corpus(tmp_path_factory.mktemp("toy") / "shards")
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Lets a test run the trainer in this process: what it leaves in global places is put back."""
+    from accelerate.state import AcceleratorState
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    AcceleratorState._reset_state(True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

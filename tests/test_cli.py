@@ -5,13 +5,16 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import toy
 import yaml
 
-ROOT = Path(__file__).parents[1]
+from cclmpc_dist import cli
+
+Inside = Callable[..., tuple[int, str]]
 
 
 def cclmpc(*arguments: str | Path, **environment: str) -> tuple[int, str]:
@@ -26,13 +29,30 @@ def cclmpc(*arguments: str | Path, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.fixture
+def inside(
+    alone: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """`cclmpc` in this process: exit code and what was printed."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cclmpc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        shown = capfd.readouterr()
+        return int(caught.value.code or 0), shown.out + shown.err
+
+    return run
+
+
 def write(folder: Path, raw: dict) -> Path:
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
 
 
-def test_from_corpus_to_report(tmp_path: Path) -> None:
+def test_from_corpus_to_report(tmp_path: Path, inside: Inside) -> None:
+    cclmpc = inside
     shards, runs = tmp_path / "shards", tmp_path / "runs"
     code, said = cclmpc(
         "shard", "8", "--format", "phantom", "--out", shards, "--labelled", "2", "--val-last", "2", "--size", "32"
@@ -86,8 +106,8 @@ def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -
         (["trian"], "No such command"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
-    code, printed = cclmpc(*(argument.format(tmp=tmp_path) for argument in arguments))
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path, inside: Inside) -> None:
+    code, printed = inside(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == 2, printed
     assert said in printed
     assert "Traceback" not in printed
@@ -105,8 +125,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, 
         ({"model__norm": "sync_batch"}, "sync_batch"),
     ],
 )
-def test_settings_that_do_not_fit_the_corpus(changes: dict, said: str, toy_corpus: Path, tmp_path: Path) -> None:
-    code, printed = cclmpc("train", write(tmp_path, toy.settings(toy_corpus, tmp_path, **changes)))
+def test_settings_that_do_not_fit_the_corpus(
+    changes: dict, said: str, toy_corpus: Path, tmp_path: Path, inside: Inside
+) -> None:
+    code, printed = inside("train", write(tmp_path, toy.settings(toy_corpus, tmp_path, **changes)))
     assert code == 2, printed
     assert said in printed
     assert "Traceback" not in printed
@@ -126,8 +148,8 @@ def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("override", ["model.filters=8", "ema=0.9", "method=supervised"])
-def test_evaluation_of_another_network_is_refused(override: str, small_run: Path) -> None:
-    code, printed = cclmpc("eval", small_run, override)
+def test_evaluation_of_another_network_is_refused(override: str, small_run: Path, inside: Inside) -> None:
+    code, printed = inside("eval", small_run, override)
     assert code == 2, printed
     assert "leave" in printed
     assert "Traceback" not in printed

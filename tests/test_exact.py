@@ -66,8 +66,7 @@ def _settings(corpus: Path, **changes: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "exchange"), [(2, "naive"), (3, "keys")])
 def test_ccl_mpc_is_exact(world: int, exchange: str, toy_corpus: Path) -> None:
     raw = _settings(toy_corpus, ccl_mpc__contrast__exchange=exchange, ccl_mpc__contrast__negatives="other_class")
     one = train_float64(0, 1, raw)

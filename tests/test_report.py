@@ -189,7 +189,11 @@ def page(run):
 @pytest.fixture
 def run(tmp_path):
     """A run folder with everything in it."""
-    settings = {"name": "a_run", "data": {"path": "x<script>y", "patch": [16, 16, 16], "labelled": 8}}
+    settings = {
+        "name": "a_run",
+        "data": {"path": "x<script>y", "patch": [16, 16, 16], "labelled": 8},
+        "budget": {"images": 100},
+    }
     (tmp_path / "config.yaml").write_text(config.dump(config.parse(settings, "test")))
     (tmp_path / "environment.json").write_text(json.dumps({"host": "<script>alert(1)</script>"}))
     lines = [

@@ -42,7 +42,7 @@ def settings(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
         },
         "ccl_mpc": {"contrast": {"n_sbcl": 8, "n_negatives": 8, "n_cgcl": 8, "bank": 128, "bank_offer": 4}},
         "optim": {"lr": 0.01},
-        "budget": {"images": 480},
+        "budget": {"images": 240},
         "checkpoint": {"every_steps": 4},
         "log_every": 1,
     }
