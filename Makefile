@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/cclmpc report runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ def report(run: Run) -> None:
     """Write RUN/report.html: curves, table, pictures."""
     from cclmpc_dist.evaluation import report as room
 
-    print(f"report: {room.report(run)}")
+    print(f"report and pictures: {room.report(run)}")
 
 
 @bench.command("loader")

@@ -68,7 +68,11 @@ def _settings(corpus: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("world", "exchange"), [(2, "naive"), (3, "keys")])
 def test_ccl_mpc_is_exact(world: int, exchange: str, toy_corpus: Path) -> None:
-    raw = _settings(toy_corpus, ccl_mpc__contrast__exchange=exchange, ccl_mpc__contrast__negatives="other_class")
+    contrast = {"n_sbcl": 8, "n_negatives": 8, "n_cgcl": 8, "bank": 128, "bank_offer": 4}
+    contrast |= {"exchange": exchange, "negatives": "other_class"}
+    raw = _settings(
+        toy_corpus, ccl_mpc__contrast=contrast, data__batch_labelled=world, data__batch_unlabelled=2 * world
+    )
     one = train_float64(0, 1, raw)
     assert one["0.loss/cgcl"] > 0
     assert one["0.train/certain_fraction"] > 0

@@ -99,17 +99,17 @@ def train_quietly(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tenso
 def test_bf16_accumulation_clipping_and_adamw_train(toy_corpus: Path, tmp_path: Path) -> None:
     raw = toy.settings(
         toy_corpus, tmp_path, precision="bf16", accumulate=2, optim__name="adamw", optim__clip=1.0, optim__lr=3e-3,
-        ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation__every_steps=10, budget__images=480,
-        checkpoint={"every_steps": 10, "keep": 1},
+        ema=0.5, channels_last=True, data__workers=1, data__select=1, evaluation__every_steps=5, budget__images=240,
+        checkpoint={"every_steps": 5, "keep": 1},
     )  # fmt: skip
     averaged = run_ranks(train_quietly, 2, raw)
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/sup"] for line in lines if "loss/sup" in line]
-    assert len(losses) == 20  # 480 images, 12 a microbatch, 2 microbatches a step
+    assert len(losses) == 10  # 240 images, 12 a microbatch, 2 microbatches a step
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert [line["step"] for line in lines if "val/dice" in line] == [10, 20]
-    state = read_state(tmp_path / "toy" / "checkpoints", 20)  # validated and due at one step: saved once, the best kept
-    assert set(complete_steps(tmp_path / "toy" / "checkpoints")) == {20, state["best"]["step"]}
+    assert [line["step"] for line in lines if "val/dice" in line] == [5, 10]
+    state = read_state(tmp_path / "toy" / "checkpoints", 10)  # validated and due at one step: saved once, the best kept
+    assert set(complete_steps(tmp_path / "toy" / "checkpoints")) == {10, state["best"]["step"]}
     assert all(torch.isfinite(value).all() for value in averaged[0].values())
     needed = {
         "train/certain_fraction",
@@ -216,11 +216,11 @@ def test_skipped_samples_are_counted_over_microbatches_and_ranks(tmp_path: Path)
     start = int(index["image_at"][row])
     data[start : start + 6] = b"broken"
     shard.write_bytes(data)
-    raw = toy.settings(folder, tmp_path, method="ccl_mpc", accumulate=2, budget__images=192, ema=0.5,
+    raw = toy.settings(folder, tmp_path, method="ccl_mpc", accumulate=2, budget__images=96, ema=0.5,
                        data__on_error="skip")  # fmt: skip
     run_ranks(train_quietly, 2, raw)
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(line["data/skipped"] for line in lines) == _times(index, row, batch=6, microbatches=16, seed=1337)
+    assert sum(line["data/skipped"] for line in lines) == _times(index, row, batch=6, microbatches=8, seed=1337)
 
 
 def _times(index: Index, row: int, batch: int, microbatches: int, seed: int) -> int:
