@@ -92,6 +92,16 @@ def test_sigterm_to_every_process_saves_and_exits_75(toy_corpus: Path, tmp_path:
     assert list((tmp_path / "toy" / "checkpoints").glob("step-*/manifest.json"))
 
 
+def test_two_runs_in_one_folder_are_refused(toy_corpus: Path, tmp_path: Path) -> None:
+    configuration = _write(tmp_path / "c.yaml", toy.settings(toy_corpus, tmp_path))
+    first = toy.launch(1, "train", configuration)
+    toy.wait_for_step(first, tmp_path / "toy", 1)
+    code, output = toy.finish(toy.launch(1, "train", configuration))
+    toy.kill(first)
+    assert code == 2, output
+    assert "another process trains there" in output
+
+
 def test_another_configuration_is_refused_in_words(toy_corpus: Path, tmp_path: Path) -> None:
     raw = toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=12, checkpoint__every_steps=1)
     configuration = _write(tmp_path / "c.yaml", raw)

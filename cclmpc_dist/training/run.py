@@ -1,5 +1,6 @@
 """The run folder: what a run was, and whether it can go on."""
 
+import fcntl
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -42,10 +43,30 @@ def resumable_state(config: Config, step: int) -> dict[str, Any]:
     return state
 
 
+def lock(folder: Path) -> IO[str]:
+    """Rank 0: hold the run folder until the process ends, killed or not.
+
+    Raises InputError while another process trains there, or where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot write there ({error.strerror}): set name or runs to a folder of yours"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another process trains there: wait for it, or give this run another name="
+        ) from None
+    return handle
+
+
 def prepare(config: Config, world_size: int, step: int) -> None:
     """Rank 0: write config.yaml and environment.json, and cut the log back to `step`, from which the run goes on."""
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
     (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
     log = folder / "metrics.jsonl"

@@ -73,6 +73,7 @@ class Trainer:
     def _start(self) -> None:
         """Build everything, then go on from the newest checkpoint where there is one."""
         folder = self.config.folder
+        self.lock = run.lock(folder) if self.rank == 0 else None
         at = runtime.from_rank_zero(run.newest(folder) if self.rank == 0 else 0, self.device)
         state = run.resumable_state(self.config, at) if at >= 0 else None
         if state is not None:

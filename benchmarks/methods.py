@@ -1,11 +1,13 @@
-"""CCL-MPC against supervised on real LA volumes: the same steps and seed on two processes, scored on held-out cases.
+"""CCL-MPC against supervised: the same steps and seed on two processes, scored on held-out cases.
 
-    cclmpc shard LA/volumes --format la-h5 --list LA/train.list --val-last 16 --out data/la
-    python benchmarks/la_cpu.py --out benchmarks/results/la_cpu.json
+    cclmpc shard LA/volumes --format la-h5 --list LA/train.list --labelled 8 --val-last 16 --out data/la
+    python benchmarks/methods.py la_cpu --out benchmarks/results/la_cpu.json
+    cclmpc shard 48 --format phantom --out data/phantom --labelled 4 --val-last 8
+    python benchmarks/methods.py phantom --out benchmarks/results/phantom.json
 
-`supervised` takes four labelled images a step, all that CCL-MPC takes; `supervised_2` takes the two of CCL-MPC,
-the same batches without the unlabelled ones. A run that is scored already is not made again; the result says with which
-command and commit each run was made.
+`supervised` takes four labelled images a step, all that CCL-MPC takes; `supervised_2` takes CCL-MPC's two, the same
+batches without the unlabelled ones. A run that is scored already is not made again; the result says with which command
+and commit each run was made.
 """
 
 import argparse
@@ -19,27 +21,41 @@ from typing import Any
 
 from cclmpc_dist.training.run import environment
 
-CONFIG = "configs/la_cpu.yaml"
-VARIANTS = {
-    "ccl_mpc": ["name=la_cpu"],
-    "ccl_mpc, lambda_con 1": ["name=la_cpu_con_1", "ccl_mpc.lambda_con=1"],
-    "supervised": ["name=la_cpu_supervised", "method=supervised", "data.batch_labelled=4"],
-    "supervised_2": ["name=la_cpu_supervised_2", "method=supervised", "budget.images=800"],
+SUPERVISED = ["method=supervised", "data.batch_labelled=4"]
+SUITES = {
+    "la_cpu": (
+        "configs/la_cpu.yaml",
+        {
+            "ccl_mpc": ["name=la_cpu"],
+            "ccl_mpc, lambda_con 1": ["name=la_cpu_con_1", "ccl_mpc.lambda_con=1"],
+            "supervised": ["name=la_cpu_supervised", *SUPERVISED],
+            "supervised_2": ["name=la_cpu_supervised_2", "method=supervised", "budget.images=800"],
+        },
+    ),
+    "phantom": (
+        "configs/demo.yaml",
+        {
+            "ccl_mpc": ["name=phantom"],
+            "supervised": ["name=phantom_supervised", *SUPERVISED],
+            "supervised_2": ["name=phantom_supervised_2", "method=supervised", "budget.images=400"],
+            "supervised, all 40 labels": ["name=phantom_supervised_40", *SUPERVISED, "data.labelled=40"],
+        },
+    ),
 }
 UNITS = {"dice": "1", "jaccard": "1", "hd95_voxel": "voxel", "asd_voxel": "voxel"}
 
 
-def make(run: Path, settings: list[str], ranks: int) -> None:
+def make(config: str, run: Path, settings: list[str], ranks: int) -> None:
     """Train and score one variant."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    train = [*torchrun, "-m", "cclmpc_dist", "train", CONFIG, *settings]
+    train = [*torchrun, "-m", "cclmpc_dist", "train", config, *settings]
     subprocess.run(train, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     subprocess.run([sys.executable, "-m", "cclmpc_dist", "eval", str(run)], check=True)
 
 
-def records(variant: str, run: Path) -> list[dict[str, Any]]:
+def records(suite: str, variant: str, run: Path) -> list[dict[str, Any]]:
     """Mean, SD and interval of each metric, steps, and seconds of training without saving and start-up."""
-    common = {"bench": "la_cpu", "case": "16 held-out cases", "variant": variant}
+    common = {"bench": suite, "case": "held-out cases", "variant": variant}
     with (run / "eval" / "summary.csv").open() as file:
         entries = [entry for entry in csv.DictReader(file) if entry["metric"] in UNITS]
     found = [
@@ -57,19 +73,21 @@ def records(variant: str, run: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
-    runs = {variant: Path("runs") / settings[0].removeprefix("name=") for variant, settings in VARIANTS.items()}
+    config, variants = SUITES[arguments.suite]
+    runs = {variant: Path("runs") / settings[0].removeprefix("name=") for variant, settings in variants.items()}
     for variant, run in runs.items():
         if not (run / "eval" / "summary.csv").exists():
-            make(run, VARIANTS[variant], arguments.ranks)
+            make(config, run, variants[variant], arguments.ranks)
     made = {variant: json.loads((run / "environment.json").read_text()) for variant, run in runs.items()}
     meta = environment(arguments.ranks)
     meta["runs"] = {
         variant: {name: made[variant][name] for name in ("command", "commit", "processes")} for variant in made
     }
-    found = [entry for variant, run in runs.items() for entry in records(variant, run)]
+    found = [entry for variant, run in runs.items() for entry in records(arguments.suite, variant, run)]
     arguments.out.write_text(json.dumps({"meta": meta, "records": found}, indent=1) + "\n")
 
 
