@@ -220,3 +220,8 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"cclmpc: {line}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"cclmpc: {error.filename}: {error.strerror}: name a place that can be used", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)

@@ -28,8 +28,9 @@ def _fraction(default: float, text: str) -> Any:
 
 class Data(Settings):
     path: str = Field(description="folder that `cclmpc shard` wrote")
-    labelled: PositiveInt | list[str] | None = Field(None, description="labelled training cases: first N, or keys; "
-                                             "unset takes what the shards say")  # fmt: skip
+    labelled: Annotated[int, Field(gt=0, strict=True)] | list[str] | None = Field(
+        None, description="labelled training cases: first N, or keys; unset takes what the shards say"
+    )
     select: NonNegativeInt = Field(0, description="labelled cases set aside to choose the best checkpoint on")
     patch: tuple[PositiveInt, ...] = Field(description="crop size in voxels, one number an axis")
     batch_labelled: PositiveInt | None = Field(None, description="labelled images a microbatch over ALL ranks; "
@@ -143,7 +144,7 @@ class Evaluation(Settings):
 
 
 class Config(Settings):
-    name: str = Field(description="the run's folder is runs/<name>", pattern=r"^[\w.\-]+$")
+    name: str = Field(description="the run's folder is runs/<name>", pattern=r"^\w[\w.\-]*$")
     runs: str = Field("runs", description="where run folders lie")
     seed: NonNegativeInt = Field(1337, description="of the initial weights and of every draw")
     method: Literal["ccl_mpc", "supervised"] = Field("ccl_mpc", description="what is trained")

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,6 +210,40 @@ def test_benchmarks_write_records(arguments: list[str], cases: set[str], tmp_pat
 def test_benchmarks_refuse_what_is_not_there() -> None:
     assert "nowhere: holds no" in cclmpc("bench", "eval", "--la", "nowhere")[1]
     assert "--keys 1 is less than --anchors" in cclmpc("bench", "contrast", "--keys", "1")[1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [({"shards": None}, "edited or damaged"), ({"classes": "two"}, "edited or damaged"), ({"classes": 0}, "edited")],
+)
+def test_an_edited_manifest_is_refused(harm: dict, said: str, toy_corpus: Path, tmp_path: Path, inside: Inside) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(toy_corpus, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | harm))
+    for verb in ("verify", "inspect"):
+        code, printed = inside(verb, folder)
+        assert code == 2
+        assert said in printed
+
+
+def test_a_run_folder_that_is_a_file_is_told_in_one_line(toy_corpus: Path, tmp_path: Path, inside: Inside) -> None:
+    (tmp_path / "toy").write_text("")
+    code, printed = inside("train", write(tmp_path, toy.settings(toy_corpus, tmp_path)))
+    assert code == 2
+    assert "cannot write there" in printed
+    (tmp_path / "out").write_text("")
+    assert inside("shard", "2", "--format", "phantom", "--out", tmp_path / "out" / "below")[0] == 2
+
+
+def test_ctrl_c_saves_and_goes_on(toy_corpus: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, checkpoint__every_steps=0))
+    process = toy.launch(1, "train", str(config))
+    toy.wait_for_step(process, tmp_path / "toy", 2)
+    process.send_signal(signal.SIGINT)
+    code, printed = toy.finish(process)
+    assert code == 75, printed
+    assert "the same command goes on from there" in printed
 
 
 def test_help_is_quick_to_load_and_names_every_verb() -> None:

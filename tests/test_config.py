@@ -74,6 +74,8 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("zzz.qqq=1", "zzz: unknown setting: known here: name, runs"),
         ("seed=-1", "seed = -1"),
         ("name=a/b", "name = 'a/b'"),
+        ("name=..", "name = '..'"),
+        ("data.labelled=true", "data.labelled = True"),
     ],
 )
 def test_bad_setting_is_named(override: str, said: str, tmp_path: Path) -> None:

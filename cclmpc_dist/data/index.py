@@ -201,9 +201,26 @@ def _manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise InputError(f"{file}: version {version}, and this program reads {VERSION}: shard again")
+    if not _is_sound(manifest):
+        raise InputError(f"{file}: edited or damaged: shard again")
     if not (path / INDEX).is_file():
         raise InputError(f"{path / INDEX}: missing: shard again")
     return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether every entry that is read has its type."""
+    counts = [manifest.get(name) for name in ("classes", "channels", "dims")]
+    shards = manifest.get("shards")
+    fields = {"name": str, "bytes": int, "samples": int, "sha256": str}
+    return (
+        all(isinstance(count, int) and count > 0 for count in counts)
+        and manifest["classes"] > 1
+        and isinstance(manifest.get("index_sha256"), str)
+        and isinstance(shards, list)
+        and all(isinstance(entry, dict) for entry in shards)
+        and all(isinstance(entry.get(name), kind) for entry in shards for name, kind in fields.items())
+    )
 
 
 def _columns(file: Path) -> dict[str, np.ndarray]:

@@ -47,6 +47,8 @@ def _la_case(path: Path, key: str) -> Case:
     image, label = _read_h5(path)
     if image.ndim != 3:
         raise InputError(f"{path}: `image` has shape {image.shape}: expected three axes (X, Y, Z)")
+    if label is not None and label.dtype.kind == "f" and (label != np.round(label)).any():
+        raise InputError(f"{path}: `label` holds other values than whole numbers: save class numbers")
     if label is not None and label.shape != image.shape:
         raise InputError(f"{path}: `label` has shape {label.shape} and `image` {image.shape}: they must be the same")
     meta = {

@@ -1,5 +1,6 @@
 """Scores a run's checkpoint on a split of its corpus."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,9 @@ def evaluate_run(
     index = Index.open(config.data.path)
     samples = select(index, config.data.labelled, config.data.select)[split]
     if not len(samples):
-        remedy = "choose another --split, or shard with --val-last"
+        remedy = {"val": "shard with --val-last", "select": "train with data.select"}.get(
+            split, "choose another --split"
+        )
         raise InputError(f"{config.data.path}: no case in the {split} split: {remedy}")
     step = _step(folder, which)
     method = create(config, Corpus(index.channels, index.classes))
@@ -44,7 +47,9 @@ def evaluate_run(
     weights: Literal["model", "ema"] = "ema" if config.ema else "model"
     _load(module, folder, step, weights)
     if runtime.rank() == 0:
+        shutil.rmtree(folder / "eval", ignore_errors=True)  # predictions of another split or corpus are not mixed in
         say(f"{folder}: step {step} ({which}), {weights} weights, {len(samples)} {split} cases, stride {config.stride}")
+    runtime.barrier()
     rows = evaluate_cases(
         method.predictor(module), index, samples, config, device, folder / "eval", lambda key: say(f"  {key}")
     )

@@ -1,20 +1,30 @@
-"""How a run is asked to save and stop: a file in its folder, or SIGTERM where no torchrun agent stands between."""
+"""How a run is asked to save and stop: a file in its folder; without a torchrun agent between, SIGTERM or Ctrl-C."""
 
 import os
 import signal
 from pathlib import Path
+from types import FrameType
 
 _received: list[int] = []
 
 
 def listen() -> None:
-    """Take SIGTERM as a request. Under torchrun the agent ends its ranks itself, so there only the file counts."""
+    """Take SIGTERM and Ctrl-C as a request; a second one ends the process at once.
+
+    Under torchrun the agent ends its ranks itself, so there only the file counts.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        signal.signal(signal.SIGTERM, lambda number, frame: _received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _receive)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def signalled() -> bool:
-    """Whether this process got SIGTERM."""
+    """Whether this process got SIGTERM or Ctrl-C."""
     return bool(_received)
 
 

@@ -7,9 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -43,8 +45,9 @@ def resumable_state(config: Config, step: int) -> dict[str, Any]:
     return state
 
 
-def lock(folder: Path) -> IO[str]:
-    """Rank 0: hold the run folder until the process ends, killed or not.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Rank 0: hold the run folder, at most until the process ends, killed or not.
 
     Raises InputError while another process trains there, or where it cannot be written.
     """
@@ -52,16 +55,13 @@ def lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write there ({error.strerror}): set name or runs to a folder of yours"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{folder}: another process trains there: wait for it, or give this run another name="
-        ) from None
-    return handle
+        raise InputError(f"{folder}: cannot write there ({error.strerror}): choose another name or runs") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains there: wait for it, or choose another name") from None
+        yield
 
 
 def prepare(config: Config, world_size: int, step: int) -> None:

@@ -73,7 +73,6 @@ class Trainer:
     def _start(self) -> None:
         """Build everything, then go on from the newest checkpoint where there is one."""
         folder = self.config.folder
-        self.lock = run.lock(folder) if self.rank == 0 else None
         at = runtime.from_rank_zero(run.newest(folder) if self.rank == 0 else 0, self.device)
         state = run.resumable_state(self.config, at) if at >= 0 else None
         if state is not None:
@@ -143,6 +142,10 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train until the budget is spent (True) or preemption was asked for and everything is saved (False)."""
+        with run.locked(self.config.folder) if self.rank == 0 else nullcontext():
+            return self._fit()
+
+    def _fit(self) -> bool:
         self._start()
         try:
             with self.monitor.recording(self.done):
@@ -155,6 +158,7 @@ class Trainer:
         finished = self.phase == len(self.totals)
         if self.rank == 0 and not finished:
             preemption.answer(self.config.folder, self.done)
+            self.monitor.say(f"{self.config.folder}: saved at step {self.done}: the same command goes on from there")
         return finished
 
     def _fit_phase(self) -> None:
@@ -255,7 +259,9 @@ class Trainer:
     # ---- between steps ------------------------------------------------------------------------------------------
 
     def _log(self, window: Window) -> None:
-        values = window.means()
+        values = window.means() | {"data/skipped": window.sums["data/skipped"]}
+        if values["data/skipped"]:
+            self.monitor.say(f"{values['data/skipped']:.0f} unreadable samples were replaced since the last line")
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
         values |= window.performance(self._images) | {"perf/memory_mib": memory_mib(self.device)}
         for name in self._phase.streams:
