@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slow lint clean
 
 setup: .venv/installed
 
@@ -19,7 +19,11 @@ demo: setup
 	$(BIN)/cclmpc report runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not gpu and not slow"
+
+# Every combination that `test` samples.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

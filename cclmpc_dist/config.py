@@ -85,11 +85,20 @@ class Contrast(Settings):
     negatives: Literal["all", "other_class"] = Field("all", description="other_class drops negatives whose certain "
                                                      "class is the anchor's [F]")  # fmt: skip
     n_cgcl: PositiveInt = Field(64, description="CGCL anchors an image and class, half of them hard [F]")
+    keys: Literal["live", "detached"] = Field("live", description="detached stops the gradient of all keys, this "
+                                              "rank's too; the originals then run without gradient")  # fmt: skip
     bank: NonNegativeInt = Field(1024, description="bank keys a class; 0 switches the bank off [F]")
+    bank_layout: Literal["replicated", "sharded"] = Field(
+        "replicated", description="all ranks hold the same bank, or each rank `bank` keys a class of its own images"
+    )
     bank_offer: PositiveInt = Field(16, description="keys an image and class offered to the bank each step, with the "
                                     "class mean besides [F]")  # fmt: skip
-    exchange: Literal["naive", "keys"] = Field("keys", description="naive builds all logits; keys streams tiles "
-                                               "(same numbers, linear memory)")  # fmt: skip
+    exchange: Literal["auto", "naive", "keys", "anchors"] = Field(
+        "auto",
+        description="what travels between ranks, same numbers all: keys, anchors, or keys with all logits built "
+        "(naive); auto takes what receives fewer bytes (docs/exchange.md)",
+    )
+    group: PositiveInt | None = Field(None, description="neighbouring ranks that share keys; unset is all")
     tile: PositiveInt = Field(4096, description="keys visited at a time by the streaming loss")
 
 
@@ -248,6 +257,10 @@ def combinations(config: Config) -> list[str]:
     if config.evaluation.every_steps and not config.data.select:
         problems.append("evaluation.every_steps needs validation cases: set data.select to a number of labelled cases, "
                         "or evaluation.every_steps to 0")  # fmt: skip
+    contrast = config.ccl_mpc.contrast
+    if contrast.bank and contrast.bank_layout == "sharded" and contrast.exchange not in ("auto", "anchors"):
+        problems.append(f"ccl_mpc.contrast.exchange = {contrast.exchange} does not reach the keys of a sharded bank: "
+                        "take auto or anchors, or bank_layout: replicated")  # fmt: skip
     narrowest = config.model.filters * 4  # channels of the Swin decoder's last stage
     if narrowest % config.model.swin.head_width:
         problems.append(f"model.swin.head_width = {config.model.swin.head_width} does not divide the Swin decoder's "
@@ -265,9 +278,16 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
             problems.append(
                 f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
             )
+    if config.method != "ccl_mpc":
+        return problems
     contrast = config.ccl_mpc.contrast
+    if world_size % (contrast.group or world_size):
+        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide the {world_size} ranks: take a "
+                        "divisor, or null for all")  # fmt: skip
     offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
-    if config.method == "ccl_mpc" and config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
+    if contrast.bank_layout == "sharded":
+        offered = math.ceil(offered / world_size)
+    if config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
         problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
                         f"take at least {offered}, or 0 for none")  # fmt: skip
     return problems

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cclmpc_dist.distributed.exchange import all_reduce_sum
 from cclmpc_dist.losses import streaming
 from cclmpc_dist.losses.bench import bench_contrast
 from cclmpc_dist.losses.contrast import cgcl, merge_lse, sbcl
@@ -297,74 +295,3 @@ def test_bench_records_tell_what_was_compared():
         assert values[case, "keys, tile 64", "seconds_over_naive"] == streamed / naive
         assert values[case, "keys, tile 64", "value_difference"] < 1e-5
         assert 0 < values[case, "keys, tile 64", "gradient_difference"] < 1e-5
-
-
-# Many ranks against one process -----------------------------------------------------------------------------------
-
-
-def shared_inputs(world: int, idle: bool) -> dict:
-    """Per rank features before a shared linear map, unequal numbers of valid anchors; none on rank 1 if `idle`."""
-    generator = torch.Generator().manual_seed(3)
-    classes, n, m, features = 2, 4, 5, 6
-    valid = torch.rand(world, classes, n, generator=generator) < 0.6
-    valid[1] &= not idle
-    return {
-        "map": torch.randn(features, 4, generator=generator, dtype=DOUBLE),
-        "cells": torch.randn(world, classes, n, features, generator=generator, dtype=DOUBLE),
-        "valid": valid,
-        "ids": torch.randperm(world * classes * n, generator=generator).view(world, classes, n),
-        "bank": unit(classes, m, 4, seed=4),
-        "bank_valid": torch.arange(m) < torch.tensor([[2], [5]]),
-        "negatives": torch.randn(world, m, features, generator=generator, dtype=DOUBLE),
-        "classes": torch.randint(-1, 2, (world, n + m), generator=generator),
-    }
-
-
-def both_losses(weights, cells, valid, ids, negatives, classes, data, exchange) -> list:
-    """SBCL of cell 0 towards cell 1, and CGCL; classes holds those of the anchors, then of the negatives."""
-    anchors, n = normalize(cells @ weights, dim=-1), cells.shape[1]
-    options = {"temperature": TAU, "exchange": exchange, "tile": 3}
-    known = {"anchor_class": classes[:n], "negative_class": classes[n:]}
-    first = sbcl(anchors[0], anchors[1], normalize(negatives @ weights, dim=-1), **known, **options)
-    second = cgcl(anchors, valid, ids, bank_keys=data["bank"], bank_valid=data["bank_valid"], **options)
-    return [first, second]
-
-
-def ranked_losses(rank: int, world: int) -> dict:
-    """W * local sum / world's count and its gradient, per loss, exchange and kind of input."""
-    results = {}
-    for exchange, idle in SETTINGS:
-        data = shared_inputs(world, idle)
-        weights = data["map"].clone().requires_grad_()
-        mine = [data[name][rank] for name in ("cells", "valid", "ids", "negatives", "classes")]
-        for name, part in zip(("sbcl", "cgcl"), both_losses(weights, *mine, data, exchange), strict=True):
-            value = world * part.sum / all_reduce_sum(part.count)
-            gradient = torch.autograd.grad(value, weights, retain_graph=True)[0]
-            results[f"{name} {exchange} {idle}"] = (value.detach(), gradient)
-    return results
-
-
-def one_process_losses(world: int, idle: bool) -> dict:
-    """Value and gradient of the concatenation, by naive."""
-    data = shared_inputs(world, idle)
-    together = [data[name].transpose(0, 1).flatten(1, 2) for name in ("cells", "valid", "ids")]
-    n = data["cells"].shape[2]
-    classes = torch.cat([data["classes"][:, :n].flatten(), data["classes"][:, n:].flatten()])
-    weights = data["map"].clone().requires_grad_()
-    parts = both_losses(weights, *together, data["negatives"].flatten(0, 1), classes, data, "naive")
-    values = {name: part.sum / part.count for name, part in zip(("sbcl", "cgcl"), parts, strict=True)}
-    return {name: (v, torch.autograd.grad(v, weights, retain_graph=True)[0]) for name, v in values.items()}
-
-
-SETTINGS = [("naive", False), ("naive", True), ("keys", False), ("keys", True)]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_equal_one_process(world):
-    ranks = run_ranks(ranked_losses, world)
-    for exchange, idle in SETTINGS:
-        for name, (value, gradient) in one_process_losses(world, idle).items():
-            got = [rank[f"{name} {exchange} {idle}"] for rank in ranks]
-            assert sum(v for v, _ in got).item() / world == pytest.approx(value.item(), rel=1e-10)
-            mean = sum(g for _, g in got) / world  # what DDP does
-            assert (mean - gradient).norm() <= 1e-8 * gradient.norm()

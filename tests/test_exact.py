@@ -53,7 +53,7 @@ def train_float64(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tenso
                     parameter -= 0.1 * parameter.grad
         module.zero_grad()
         method.after_step(module)
-    return out | method.state_dict()
+    return out | method.state_dict() | method.rank_state_dict()
 
 
 def _double(batch: dict[str, Any]) -> dict[str, Any]:
@@ -66,32 +66,66 @@ def _settings(corpus: Path, **changes: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(("world", "exchange"), [(2, "naive"), (3, "keys")])
-def test_ccl_mpc_is_exact(world: int, exchange: str, toy_corpus: Path) -> None:
-    contrast = {"n_sbcl": 8, "n_negatives": 8, "n_cgcl": 8, "bank": 128, "bank_offer": 4}
-    contrast |= {"exchange": exchange, "negatives": "other_class"}
-    raw = _settings(
-        toy_corpus, ccl_mpc__contrast=contrast, data__batch_labelled=world, data__batch_unlabelled=2 * world
-    )
-    one = train_float64(0, 1, raw)
-    assert one["0.loss/cgcl"] > 0
-    assert one["0.train/certain_fraction"] > 0
-    for other in run_ranks(train_float64, world, raw):
-        _compare(one, other)
+def _ccl_mpc(corpus: Path, world: int, exchange: str, layout: str, keys: str, bank: int) -> dict[str, Any]:
+    contrast = {"n_sbcl": 8, "n_negatives": 8, "n_cgcl": 8, "bank": bank, "bank_offer": 4, "negatives": "other_class"}
+    contrast |= {"exchange": exchange, "bank_layout": layout, "keys": keys}
+    return _settings(corpus, ccl_mpc__contrast=contrast, data__batch_labelled=world, data__batch_unlabelled=2 * world)
+
+
+def train_each(rank: int, world: int, settings: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    return [train_float64(rank, world, raw) for raw in settings]
+
+
+MODES = [("naive", "replicated"), ("keys", "replicated"), ("anchors", "replicated"), ("anchors", "sharded")]
+ALL = [(*mode, keys) for mode in MODES for keys in ("live", "detached")]
+SOME = {
+    2: [("naive", "replicated", "live"), ("anchors", "replicated", "detached")],
+    3: [("keys", "replicated", "live"), ("anchors", "sharded", "detached")],
+    4: [("anchors", "sharded", "live")],
+}
+
+
+@pytest.mark.parametrize("world", SOME)
+def test_ccl_mpc_is_exact(world: int, toy_corpus: Path) -> None:
+    _equal_one_process(world, SOME[world], toy_corpus)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", SOME)
+def test_ccl_mpc_is_exact_in_every_mode(world: int, toy_corpus: Path) -> None:
+    _equal_one_process(world, ALL, toy_corpus)
+
+
+def _equal_one_process(world: int, cases: list[tuple[str, str, str]], corpus: Path) -> None:
+    ranks = run_ranks(train_each, world, [_ccl_mpc(corpus, world, *case, 128) for case in cases], timeout=300)
+    for layout, keys in {case[1:] for case in cases}:
+        # Nothing is overwritten in two steps: W shards hold what one bank of W times the capacity does.
+        capacity = 128 * (world if layout == "sharded" else 1)
+        one = train_float64(0, 1, _ccl_mpc(corpus, world, "naive", "replicated", keys, capacity))
+        assert one["0.loss/cgcl"] > 0
+        assert one["0.train/certain_fraction"] > 0
+        for number, case in enumerate(cases):
+            if case[1:] == (layout, keys):
+                for rank in ranks:
+                    _compare(one, rank[number], f"{case}")
+                if layout == "sharded":
+                    assert torch.equal(sum(rank[number]["bank.count"] for rank in ranks), one["bank.count"])
 
 
 def test_supervised_is_exact(toy_corpus: Path) -> None:
     raw = _settings(toy_corpus, method="supervised")
     one = train_float64(0, 1, raw)
     for other in run_ranks(train_float64, 2, raw):
-        _compare(one, other)
+        _compare(one, other, "supervised")
 
 
-def _compare(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
+def _compare(one: dict[str, Tensor], other: dict[str, Tensor], case: str) -> None:
+    assert {name for name in one if "bank" not in name} == {name for name in other if "bank" not in name}
     for name, expected in one.items():
+        if name.startswith("bank") and "sharded" in case:
+            continue  # each rank has its own keys
         tolerance = 1e-8 if name.endswith("gradient") else 1e-10
         if name == "bank.keys":
             tolerance = 1e-6  # kept in float32
         difference = (other[name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
-        assert difference <= tolerance, f"{name}: {difference:.2e}"
+        assert difference <= tolerance, f"{case}: {name}: {difference:.2e}"

@@ -4,7 +4,6 @@ import gc
 import os
 import time
 import warnings
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
+from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
 from cclmpc_dist.errors import InputError
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def rank() -> int:

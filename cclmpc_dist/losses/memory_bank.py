@@ -1,7 +1,8 @@
 """Keys of earlier steps, per class, for CGCL: a ring of fixed capacity that holds only real keys [F].
 
-The bank is replicated: every rank enqueues the same gathered offers and so holds the same bits. It belongs in
-the checkpoint and is never a DDP buffer. K classes, F features, B images, k offers of an image and class.
+Replicated, every rank enqueues the same gathered offers and so holds the same bits; sharded, each rank keeps
+the offers of its own images, and W ranks hold W times the capacity. It belongs in the checkpoint and is never a
+DDP buffer. K classes, F features, B images, k offers of an image and class.
 """
 
 import torch
@@ -55,6 +56,31 @@ class MemoryBank:
         self.count.copy_(state["count"])
         self.pointer.copy_(state["pointer"])
 
+    def deal(self, states: list[dict[str, Tensor]], rank: int, world: int) -> int:
+        """Takes rank's share of the shards of a run at another world size; returns how many keys none could take.
+
+        The keys go round the ranks from the newest on, so that the oldest are dropped where there is no room.
+        """
+        self.count.zero_()
+        self.pointer.zero_()
+        dropped = 0
+        for c in range(len(self.count)):
+            queues = [_newest_first(state, c) for state in states]
+            longest = max(len(queue) for queue in queues)
+            keys = [queue[age] for age in range(longest) for queue in queues if age < len(queue)]
+            mine = keys[rank::world][: self.capacity][::-1]
+            dropped += max(0, len(keys) - world * self.capacity)
+            if mine:
+                self._rows[c, : len(mine)] = torch.stack(mine).to(self._rows)
+            self.count[c], self.pointer[c] = len(mine), len(mine) % self.capacity
+        return dropped
+
+
+def _newest_first(state: dict[str, Tensor], c: int) -> Tensor:
+    """(count, F) real keys of class c."""
+    age = torch.arange(int(state["count"][c]))
+    return state["keys"][c, (state["pointer"][c] - 1 - age) % state["keys"].shape[1]]
+
 
 def gather_offers(offers_BKkF: Tensor, valid_BKk: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
     """All ranks' offers of one stream, image after image in lane order: (K, W·B·k, F) and their (K, W·B·k)
@@ -63,5 +89,9 @@ def gather_offers(offers_BKkF: Tensor, valid_BKk: Tensor, group: Group = None) -
     One call a stream, joined along dim 1: with two streams in one call the order would depend on the world
     size.
     """
-    offers, valid = gather_detached(offers_BKkF, group), gather_detached(valid_BKk, group)
-    return offers.transpose(0, 1).flatten(1, 2), valid.transpose(0, 1).flatten(1, 2)
+    return by_class(gather_detached(offers_BKkF, group), gather_detached(valid_BKk, group))
+
+
+def by_class(offers_BKkF: Tensor, valid_BKk: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, B·k, F) and (K, B·k): the offers as `enqueue` takes them, image after image."""
+    return offers_BKkF.transpose(0, 1).flatten(1, 2), valid_BKk.transpose(0, 1).flatten(1, 2)

@@ -4,7 +4,7 @@ two contrastive losses. The 3D form is this project's port: no CCL-MPC on 3D dat
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.views import views
+from cclmpc_dist.distributed.exchange import Group, group_rank, group_size, own_group
 from cclmpc_dist.losses import certainty, contrast, sampling
 from cclmpc_dist.losses.consistency import squared
-from cclmpc_dist.losses.memory_bank import MemoryBank, gather_offers
+from cclmpc_dist.losses.memory_bank import MemoryBank, by_class, gather_offers
 from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg
 from cclmpc_dist.losses.terms import Additive, Part
+from cclmpc_dist.methods.exchange_plan import Choice, exchange_plan
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import HEAD_STRIDE, DualBranch
 
@@ -52,6 +54,9 @@ class CCLMPC(Method):
         self.own = config.ccl_mpc
         self.bank: MemoryBank | None = None
         self.offers: list[tuple[Tensor, Tensor]] = []
+        self.group: Group = None
+        self.plan: dict[str, Choice] = {}
+        self.sharded = self.own.contrast.bank_layout == "sharded"
         self.with_swin = max(self.own.swin_weight, self.own.lambda_con, self.own.lambda_sbcl, self.own.lambda_cgcl) > 0
         self.with_swin |= self.own.predictor == "mean"
 
@@ -70,6 +75,9 @@ class CCLMPC(Method):
         super().enter(phase, total, module, batches)
         self.first_lane = {"labelled": 0, "unlabelled": batches["labelled"]}
         settings = self.own.contrast
+        self.plan = exchange_plan(self.config, self.corpus.classes, batches, group_size())
+        if self.plan and self.group is None:  # once, whatever the number of phases
+            self.group = own_group(settings.group)
         if self.own.lambda_cgcl > 0 and settings.bank:
             device = next(module.parameters()).device
             self.bank = MemoryBank(self.corpus.classes, settings.bank, self.config.model.embedding, device)
@@ -111,12 +119,13 @@ class CCLMPC(Method):
         images = torch.cat([part["image"] for part in used])
         keys = torch.cat([part["key"] for part in used])
         seen = torch.cat([views(images, keys, view, self.own.views) for view in (1, 2)])
-        asked: dict[str, Tensor] = {}
+        asked: dict[str, Any] = {}
         if weights["sbcl"] > 0:
             places = math.prod(_map_size(images))
             settings = self.own.contrast
             asked["positions"] = draws.subset(keys, "sbcl", places, min(settings.n_sbcl, places)).repeat(2, 1)
             asked["originals"] = images
+            asked["detach_originals"] = settings.keys == "detached"
             asked["original_positions"] = draws.subset(keys, "negatives", places, min(settings.n_negatives, places))
         out = model(seen, swin=self.with_swin, embed=weights["cgcl"] > 0, **asked)
         log_c = log_softmax(out["conv"]).unflatten(0, (2, -1))
@@ -182,9 +191,7 @@ class CCLMPC(Method):
                 z[:, mine].flatten(0, 2),
                 z.flip(0)[:, mine].flatten(0, 2),
                 originals[other].flatten(0, 1),
-                temperature=settings.temperature,
-                exchange=settings.exchange,
-                tile=settings.tile,
+                **self._options("sbcl"),
                 anchor_class=None if anchor_class is None else anchor_class[mine].flatten().repeat(2),
                 negative_class=None if negative_class is None else negative_class[other].flatten(),
             )
@@ -213,11 +220,20 @@ class CCLMPC(Method):
             _by_class(ids),
             bank_keys=None if self.bank is None else self.bank.keys,
             bank_valid=None if self.bank is None else self.bank.valid(),
-            temperature=settings.temperature,
-            exchange=settings.exchange,
-            tile=settings.tile,
+            sharded=self.sharded and self.bank is not None,
+            **self._options("cgcl"),
         )
         return [(1.0, value)]
+
+    def _options(self, term: str) -> dict[str, Any]:
+        settings = self.own.contrast
+        return {
+            "temperature": settings.temperature,
+            "exchange": self.plan[term].exchange,
+            "tile": settings.tile,
+            "detached": settings.keys == "detached",
+            "group": self.group,
+        }
 
     def _offer(self, features: Tensor, labels: Tensor, shared: Step) -> None:
         """Put aside this microbatch's keys for the bank: random positions of each class and the class mean."""
@@ -232,18 +248,37 @@ class CCLMPC(Method):
     def after_step(self, module: nn.Module) -> None:
         for keys, valid in self.offers:
             assert self.bank is not None
-            self.bank.enqueue(*gather_offers(keys, valid))
+            self.bank.enqueue(*(by_class(keys, valid) if self.sharded else gather_offers(keys, valid)))
         self.offers.clear()
 
     def discard_step(self) -> None:
         self.offers.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.bank is None else {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
+        return {} if self.sharded else self._bank_state()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.bank is not None:
-            self.bank.load_state_dict({name.removeprefix("bank."): value for name, value in state.items()})
+        if self.bank is not None and not self.sharded:
+            self.bank.load_state_dict(_bank_part(state))
+
+    def rank_state_dict(self) -> dict[str, Tensor]:
+        return self._bank_state() if self.sharded else {}
+
+    def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.bank is not None and self.sharded:
+            self.bank.load_state_dict(_bank_part(state))
+
+    def deal(self, states: list[dict[str, Tensor]]) -> str:
+        assert self.bank is not None
+        dropped = self.bank.deal([_bank_part(state) for state in states], group_rank(), group_size())
+        return (f"bank: the keys of {len(states)} rank(s) are dealt out anew to {group_size()}, newest first; "
+                f"{dropped} had no room")  # fmt: skip
+
+    def _bank_state(self) -> dict[str, Tensor]:
+        return {} if self.bank is None else {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
+
+    def notes(self) -> list[str]:
+        return [choice.note for choice in self.plan.values()]
 
     def predictor(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """D_c's softmax [P], or the mean of both decoders."""
@@ -255,6 +290,10 @@ class CCLMPC(Method):
             return (certainty.mean_log(log_c, log_softmax(out["swin"])) if mean else log_c).exp()
 
         return predict
+
+
+def _bank_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("bank."): value for name, value in state.items()}
 
 
 def _share(mask: Tensor) -> Additive:

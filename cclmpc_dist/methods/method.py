@@ -82,6 +82,24 @@ class Method(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what state_dict gave."""
 
+    def rank_state_dict(self) -> dict[str, Tensor]:
+        """Tensors of this rank alone."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what this rank's rank_state_dict gave."""
+
+    def deal(self, states: list[dict[str, Tensor]]) -> str:
+        """Take a share of what all ranks' rank_state_dict gave at another world size; returns a line that tells how.
+
+        Called where rank_state_dict is not empty.
+        """
+        raise AssertionError("a method with a state of its own ranks says how to share it out")
+
+    def notes(self) -> list[str]:
+        """Lines for the log at the start of training."""
+        return []
+
     @abstractmethod
     def predictor(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """(b, C, *S) float32 images -> (b, K, *S) class probabilities in at least float32."""

@@ -49,6 +49,7 @@ class DualBranch(nn.Module):
         *,
         positions: Tensor | None = None,
         original_positions: Tensor | None = None,
+        detach_originals: bool = False,
         embed: bool = False,
         swin: bool = True,
     ) -> dict[str, Tensor]:
@@ -57,10 +58,9 @@ class DualBranch(nn.Module):
         S in multiples of 16. `positions` (A, n) and `original_positions` (B, m) are int64 into the flattened map
         at stride 8. Returns what was asked for and is built: "conv" and "swin" (A, K, *S) logits, "projection"
         (A, n, F), "original_projection" (B, m, F), "embedding" (A, F, *S/8); the last three are unit vectors.
+        Detached originals run on their own and without gradient (batch norm then sees them apart).
         """
-        n = views.shape[0]
-        both = self.encoder.shallow(views if originals is None else torch.cat([views, originals]))
-        maps = [level[:n] for level in both]
+        maps, original_map = self._maps(views, originals, detach_originals)
         pyramid = [*maps, self.encoder.deep(maps[-1])]
         out = {"conv": self.conv(pyramid)}
         if swin and self.swin is not None:
@@ -68,11 +68,24 @@ class DualBranch(nn.Module):
         if positions is not None:
             out["projection"] = self._project(maps[-1], positions)
         if original_positions is not None:
-            out["original_projection"] = self._project(both[-1][n:], original_positions)
+            assert original_map is not None, "positions of originals, and no originals"
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_originals):
+                out["original_projection"] = self._project(original_map, original_positions)
         if embed:
             assert self.embedding is not None, "built without the embedding head"
             out["embedding"] = self.embedding(maps[-1])
         return out
+
+    def _maps(self, views: Tensor, originals: Tensor | None, detach: bool) -> tuple[list[Tensor], Tensor | None]:
+        """The views' pyramid down to the heads' map, and the originals' map."""
+        if originals is None:
+            return self.encoder.shallow(views), None
+        if detach:
+            with torch.no_grad():
+                original_map = self.encoder.shallow(originals)[-1]
+            return self.encoder.shallow(views), original_map
+        both = self.encoder.shallow(torch.cat([views, originals]))
+        return [level[: len(views)] for level in both], both[-1][len(views) :]
 
     def _project(self, map_: Tensor, positions: Tensor) -> Tensor:
         assert self.projection is not None, "built without the projection head"

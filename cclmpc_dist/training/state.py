@@ -1,8 +1,9 @@
 """What a checkpoint holds of a trainer, and putting it back.
 
 Equal on all ranks: module and average (with norm statistics averaged over ranks), optimiser, method. A rank's own: its
-random state and norm statistics, which are restored at the same world size; at another, every rank starts from the
-averaged statistics and a fresh random state, while batches, draws and positions go on exactly.
+random state, norm statistics and what the method keeps a rank (a sharded bank), restored at the same world size; at
+another, every rank starts from the averaged statistics and a fresh random state, the method shares its part out anew,
+and batches, draws and positions go on exactly.
 """
 
 import copy
@@ -42,6 +43,7 @@ def save(trainer: "Trainer") -> None:
         mine["rng.cuda"] = torch.cuda.get_rng_state()
     for name, module in modules.items():
         mine |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
+    mine |= {f"method.{name}": value for name, value in trainer.method.rank_state_dict().items()}
     scaler = trainer.accelerator.scaler
     state = {
         "phase": trainer.phase,
@@ -77,6 +79,9 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["world_size"] == trainer.world:
         _restore_rank(trainer, modules, checkpoint.read_rank(folder, step, trainer.rank))
+    elif trainer.method.rank_state_dict():
+        parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]
+        trainer.monitor.say(trainer.method.deal([_part(part, "method") for part in parts]))
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:
@@ -84,8 +89,14 @@ def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tenso
     if "rng.cuda" in mine and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(mine["rng.cuda"])
     for name, module in modules.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in mine.items() if key.startswith(f"{name}.")}
-        module.load_state_dict(own, strict=False)
+        module.load_state_dict(_part(mine, name), strict=False)
+    if own := _part(mine, "method"):
+        trainer.method.load_rank_state_dict(own)
+
+
+def _part(tensors: Tensors, name: str) -> Tensors:
+    """Tensors called `<name>.*`, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _modules(trainer: "Trainer") -> dict[str, nn.Module]:

@@ -137,6 +137,8 @@ class Trainer:
             order = stream.order
             say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
+        for line in self.method.notes():
+            say(line)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
