@@ -170,6 +170,7 @@ def bench_contrast(
     keys: Annotated[int, typer.Option(min=1)] = 65536,
     features: Annotated[int, typer.Option(min=1)] = 256,
     classes: Annotated[int, typer.Option(min=2)] = 2,
+    sweep: Annotated[bool, typer.Option("--sweep", help="other sizes too, one changed at a time: 10 minutes")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
     out: Out = None,
 ) -> None:
@@ -178,7 +179,7 @@ def bench_contrast(
 
     if keys < anchors:
         raise InputError(f"--keys {keys} is less than --anchors {anchors}: the anchors are keys too, give more")
-    _record(measure(anchors, keys, features, classes, repeats=repeats), out)
+    _record(measure(anchors, keys, features, classes, sweep, repeats=repeats), out)
 
 
 def _say(text: str) -> None:
@@ -204,10 +205,13 @@ def _record(records: list[dict[str, Any]], out: Path | None) -> None:
     from cclmpc_dist.training.run import environment
 
     text = json.dumps({"meta": environment(1), "records": records}, indent=1)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+    if out is None:
+        print(text)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n")
+    for record in records:
+        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.4g} {record['unit']}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from cclmpc_dist.data.loader import Stream, to_device
 from cclmpc_dist.data.views import views
 from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
+from cclmpc_dist.methods.exchange_plan import exchange_plan
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.training.objective import objective
 
@@ -239,3 +240,43 @@ def test_contrast_and_ramp_start_when_they_should(scene: Scene) -> None:
     assert scene.method.weights(0)["cp"] == pytest.approx(0.1 * math.exp(-5))
     assert scene.method.weights(2)["cp"] == pytest.approx(0.1 * math.exp(-5 * 0.25))
     assert scene.method.weights(4)["cp"] == pytest.approx(0.1)
+
+
+def _encoder_gradient(scene: Scene, value: Tensor) -> Tensor:
+    found = torch.autograd.grad(value, list(scene.module.encoder.parameters()), allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+
+def test_detached_originals_carry_no_gradient_and_keep_the_value(toy_corpus: Path) -> None:
+    live, detached = Scene(toy_corpus), Scene(toy_corpus, keys="detached")
+    values = []
+    for scene in (live, detached):
+        found, _ = scene.method.terms(scene.module, scene.batch, 5)
+        parts = [value for _, value in found["sbcl"] + found["cgcl"]]
+        values.append(torch.stack([part.sum for part in parts]))
+    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
+    gradients = [_encoder_gradient(scene, v.sum()) for v, scene in zip(values, (live, detached), strict=True)]
+    assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[0].norm()
+    assert gradients[1].norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "sbcl", "cgcl"),
+    [
+        ({}, 1, "keys (one rank, nothing travels)", "keys (one rank, nothing travels)"),
+        ({}, 2, "keys (auto: anchors would receive", "keys (auto: anchors would receive"),
+        ({"n_negatives": 8, "n_sbcl": 2}, 2, "anchors (auto: keys would receive", "keys (auto"),
+        ({"n_negatives": 8, "n_sbcl": 2, "keys": "detached"}, 2, "keys (auto: anchors", "keys (auto"),
+        ({"bank_layout": "sharded"}, 2, "keys (auto", "anchors (the bank is sharded)"),
+        ({"exchange": "naive"}, 2, "naive (as set)", "naive (as set)"),
+        ({"group": 2}, 4, "keys (auto", "over 2 rank(s)"),
+    ],
+)
+def test_the_exchange_is_chosen_and_told(
+    changes: dict[str, Any], world: int, sbcl: str, cgcl: str, tmp_path: Path
+) -> None:
+    config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast={"bank": 128, "bank_offer": 4} | changes)
+    plan = exchange_plan(config, 2, {"labelled": 4, "unlabelled": 4}, world)
+    assert sbcl in plan["sbcl"].note
+    assert cgcl in plan["cgcl"].note
+    assert "MiB received" in plan["sbcl"].note

@@ -113,6 +113,32 @@ def test_bank_must_hold_a_step(tmp_path: Path) -> None:
     assert "ccl_mpc.contrast.bank = 10 holds less than one step's 60 offers" in line
 
 
+def test_a_shard_of_the_bank_must_hold_a_ranks_step(tmp_path: Path) -> None:
+    config = toy.config(
+        tmp_path, tmp_path, ccl_mpc__contrast__bank=30, ccl_mpc__contrast__bank_layout="sharded"
+    )  # 12 images offer 60 keys a class
+    assert check_world(config, ["labelled", "unlabelled"], 2) == []
+    assert "less than one step's 60" in check_world(config, ["labelled", "unlabelled"], 1)[0]
+
+
+def test_a_group_must_divide_the_ranks(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__group=2)
+    assert check_world(config, ["labelled", "unlabelled"], 6) == []
+    (line,) = check_world(config, ["labelled", "unlabelled"], 3)
+    assert "ccl_mpc.contrast.group = 2 does not divide the 3 ranks: take a divisor" in line
+
+
+@pytest.mark.parametrize("exchange", ["auto", "naive", "keys", "anchors"])
+def test_a_sharded_bank_wants_anchors_to_travel(exchange: str, tmp_path: Path) -> None:
+    changes = {"ccl_mpc__contrast__exchange": exchange, "ccl_mpc__contrast__bank_layout": "sharded"}
+    if exchange in ("auto", "anchors"):
+        toy.config(tmp_path, tmp_path, **changes)
+        return
+    with pytest.raises(InputError, match=f"exchange = {exchange} does not reach the keys of a sharded bank: take auto"):
+        toy.config(tmp_path, tmp_path, **changes)
+    toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=0, **changes)
+
+
 def test_batch_not_set_follows_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, data__batch_labelled=None)
     assert [config.batch("labelled", world) for world in (1, 2, 5)] == [2, 2, 5]
@@ -122,6 +148,12 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     docs = CONFIGS.parent / "docs"
     made = runpy.run_path(str(docs / "settings.py"))["page"]()
     assert (docs / "configuration.md").read_text() == made, "run: python docs/settings.py > docs/configuration.md"
+
+
+def test_the_page_of_costs_is_up_to_date() -> None:
+    docs = CONFIGS.parent / "docs"
+    made = runpy.run_path(str(docs / "costs.py"))["page"]()
+    assert (docs / "costs.md").read_text() == made, "run: python docs/costs.py > docs/costs.md, and again with --plot"
 
 
 def test_every_setting_is_documented() -> None:

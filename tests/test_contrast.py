@@ -1,6 +1,8 @@
 """SBCL and CGCL against plain loops, streamed against naive, many ranks against one process."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cclmpc_dist.losses import streaming
-from cclmpc_dist.losses.bench import bench_contrast
+from cclmpc_dist.losses import bench, streaming
 from cclmpc_dist.losses.contrast import cgcl, merge_lse, sbcl
 
 TAU = 0.07
@@ -89,7 +90,7 @@ def graded(loss, inputs: dict, name: str, **options) -> tuple:
     return out.sum.detach(), out.count, torch.autograd.grad(out.sum, leaf)[0]
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
 @pytest.mark.parametrize("case", CASES)
 def test_cgcl_is_its_definition(case, exchange):
     inputs = cgcl_inputs(case)
@@ -115,7 +116,7 @@ def test_cgcl_streamed_equals_naive(case, tile):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
 def test_gradients_through_anchors_and_keys_are_the_numerical_ones(exchange):
     inputs = cgcl_inputs("plain")
     anchors, rest = (
@@ -146,7 +147,7 @@ def sbcl_inputs(classes: str) -> dict:
     return {**inputs, "anchor_class": anchor_class, "negative_class": negative_class}
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
 @pytest.mark.parametrize("classes", ["none", "some", "all alike"])
 def test_sbcl_is_its_definition(classes, exchange):
     inputs = sbcl_inputs(classes)
@@ -171,6 +172,52 @@ def test_sbcl_wants_classes_of_both_sides():
     del inputs["negative_class"]
     with pytest.raises(ValueError, match="or of neither"):
         sbcl(**inputs, temperature=TAU, exchange="keys", tile=4)
+
+
+def test_inputs_that_do_not_fit_are_told_in_words():
+    inputs, options = sbcl_inputs("none"), {"exchange": "keys", "tile": 4}
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"temperature {temperature} is not positive"):
+            sbcl(**inputs, temperature=temperature, **options)
+    inputs = cgcl_inputs("plain")
+    with pytest.raises(ValueError, match="cgcl: one class has no other to be told from"):
+        cgcl(**{name: value[:1] for name, value in inputs.items()}, temperature=TAU, **options)
+    with pytest.raises(ValueError, match='exchange "keys" does not reach the keys of a sharded bank: take "anchors"'):
+        cgcl(**inputs, temperature=TAU, sharded=True, **options)
+
+
+WIDTHS = """
+import torch
+from cclmpc_dist.losses.contrast import cgcl, sbcl
+options = {"temperature": 0.07, "exchange": "keys", "tile": 4}
+rows, valid = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+for call in (
+    lambda: sbcl(rows[0], rows[0], torch.ones(5, 3), **options),
+    lambda: cgcl(rows, valid, valid.long(), bank_keys=torch.ones(2, 3, 5), bank_valid=valid, **options),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_features_of_another_width_are_told_in_words():
+    """In a process of its own: under pytest the annotations refuse them first."""
+    done = subprocess.run([sys.executable, "-c", WIDTHS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "sbcl: anchors have 4 features, keys 3: use one width",
+        "cgcl: anchors have 4 features, keys 5: use one width",
+    ]
+
+
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(value, exchange):
+    inputs = cgcl_inputs("plain")
+    inputs["anchors"][inputs["anchor_valid"].nonzero()[0].unbind()] = value
+    out = cgcl(**inputs, temperature=TAU, exchange=exchange, tile=3)
+    assert not out.sum.isfinite()
 
 
 def test_streaming_gradients_are_the_numerical_ones():
@@ -231,7 +278,7 @@ def test_merged_parts_are_the_whole():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
 def test_autocast_changes_nothing(exchange):
     inputs = {k: v.float() if v.is_floating_point() else v for k, v in cgcl_inputs("plain").items()}
     plain = graded(cgcl, inputs, "anchors", exchange=exchange, tile=3)
@@ -272,7 +319,7 @@ def test_streaming_never_holds_all_logits():
     assert peaks["keys"] <= max(n * tile, m * features)
 
 
-@pytest.mark.parametrize("exchange", ["naive", "keys"])
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
 def test_nothing_waits_for_the_device(exchange):
     """A fake tensor has no values: reading one, or a shape that depends on one, raises."""
     real = cgcl_inputs("plain")
@@ -286,12 +333,16 @@ def test_nothing_waits_for_the_device(exchange):
         assert torch.autograd.grad(out.sum + more.sum, anchors)[0].shape == anchors.shape
 
 
-def test_bench_records_tell_what_was_compared():
-    records = bench_contrast(anchors=32, keys=256, features=8, tiles=(64,), repeats=1)
+def test_bench_records_tell_what_was_compared(monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP", {"classes": (4,)})
+    records = bench.bench_contrast(anchors=32, keys=256, features=8, sweep=True, tile=64, repeats=1)
     assert all(set(r) == {"bench", "case", "variant", "metric", "value", "unit"} for r in records)
     values = {(r["case"], r["variant"], r["metric"]): r["value"] for r in records}
-    for case in ("sbcl", "cgcl"):
-        naive, streamed = values[case, "naive", "seconds"], values[case, "keys, tile 64", "seconds"]
-        assert values[case, "keys, tile 64", "seconds_over_naive"] == streamed / naive
-        assert values[case, "keys, tile 64", "value_difference"] < 1e-5
-        assert 0 < values[case, "keys, tile 64", "gradient_difference"] < 1e-5
+    for case in bench.CASES:
+        told = f"{case}: N=32 M=256 F=8 K=2"
+        assert values[told, "keys", "seconds_over_naive"] == (
+            values[told, "keys", "seconds"] / values[told, "naive", "seconds"]
+        )
+        assert values[told, "keys", "value_difference"] < 1e-5
+        assert 0 < values[told, "keys", "gradient_difference"] < 1e-5
+    assert ("cgcl: N=32 M=256 F=8 K=4", "naive", "seconds") in values

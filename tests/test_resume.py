@@ -17,8 +17,11 @@ def _write(path: Path, raw: dict) -> str:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_killed_run_ends_with_the_same_bits(world: int, toy_corpus: Path, tmp_path: Path) -> None:
-    """Every rank's own file too: norm statistics and random state."""
-    straight = toy.settings(toy_corpus, tmp_path, name="straight", ema=0.9, model__dropout=0.5)
+    """Every rank's own file too: norm statistics, random state, its shard of the bank."""
+    layout = {2: "replicated", 3: "sharded"}[world]
+    straight = toy.settings(
+        toy_corpus, tmp_path, name="straight", ema=0.9, model__dropout=0.5, ccl_mpc__contrast__bank_layout=layout
+    )
     broken = straight | {"name": "broken"}
     toy.run(world, "train", _write(tmp_path / "straight.yaml", straight))
     configuration = _write(tmp_path / "broken.yaml", broken)
@@ -32,7 +35,11 @@ def test_killed_run_ends_with_the_same_bits(world: int, toy_corpus: Path, tmp_pa
     left, right = toy.tensors(tmp_path / "straight" / last), toy.tensors(tmp_path / "broken" / last)
     assert {f"rank-{rank:05d}.safetensors/rng.cpu" for rank in range(world)} <= left.keys()
     files = {name.split("/")[0] for name in left}
-    assert {"model.safetensors", "optimizer.safetensors", "ema.safetensors", "method.safetensors"} <= files
+    assert {"model.safetensors", "optimizer.safetensors", "ema.safetensors"} <= files
+    bank = ["method.safetensors/bank.keys"]
+    if layout == "sharded":
+        bank = [f"rank-{rank:05d}.safetensors/method.bank.keys" for rank in range(world)]
+    assert all(left[name].any() for name in bank)
     toy.assert_same(left, right)
     states = [json.loads((tmp_path / name / last / "state.json").read_text()) for name in ("straight", "broken")]
     assert states[0]["streams"] == states[1]["streams"], step
@@ -62,6 +69,22 @@ def test_other_world_size_goes_on_in_the_streams(toy_corpus: Path, tmp_path: Pat
     assert together[:resumed] == apart[:resumed]
     for name in ("loss/sup", "loss/cp", "loss/cgcl"):  # later steps drift apart by rounding
         assert together[resumed][name] == pytest.approx(apart[resumed][name], rel=1e-3)
+
+
+def test_sharded_bank_is_dealt_out_anew_at_another_world_size(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(
+        toy_corpus, tmp_path, name="dealt", budget__images=96, ccl_mpc__contrast__bank_layout="sharded",
+        ccl_mpc__contrast__bank=30,
+    )  # fmt: skip
+    configuration = _write(tmp_path / "c.yaml", raw)
+    process = toy.launch(2, "train", configuration)
+    toy.wait_for_step(process, tmp_path / "dealt", 5)
+    toy.kill(process)
+    output = toy.run(3, "train", configuration)
+    assert "bank: the keys of 2 rank(s) are dealt out anew to 3, newest first; 0 had no room" in output
+    assert "cgcl: exchange anchors (the bank is sharded) over 3 rank(s)" in output
+    left = toy.tensors(tmp_path / "dealt" / "checkpoints/step-000000008")
+    assert all(left[f"rank-{rank:05d}.safetensors/method.bank.count"].any() for rank in range(3))
 
 
 def test_preempted_run_saves_leaves_a_word_and_goes_on(toy_corpus: Path, tmp_path: Path) -> None:

@@ -29,19 +29,22 @@ from cclmpc_dist.training.trainer import Trainer
 
 
 def train_with_a_bad_step(rank: int, world: int, raw: dict[str, Any], bad_rank: int, bad_step: int) -> dict[str, Any]:
-    """Trains with a NaN loss on one rank at one step; returns weights, norm statistics and bank around that step."""
+    """Trains with embeddings that are NaN on one rank at one step; returns weights, norm statistics and bank around
+    that step."""
     trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
     seen: dict[str, Any] = {}
     terms = CCLMPC.terms
 
     def spoilt(self: CCLMPC, model: nn.Module, batch: Any, step: int) -> Any:
         seen[f"before.{step}"] = _everything(trainer)
-        found, metrics = terms(self, model, batch, step)
-        if step == bad_step and rank == bad_rank:
-            (coefficient, value), *rest = found["hdc"]
-            assert isinstance(value, Additive)
-            found["hdc"] = [(coefficient, Additive(value.sum * math.nan, value.count)), *rest]
-        return found, metrics
+        if step != bad_step or rank != bad_rank:
+            return terms(self, model, batch, step)
+
+        def broken(*args: Any, **options: Any) -> Any:
+            out = model(*args, **options)
+            return out | {name: value * math.nan for name, value in out.items() if name in BROKEN}
+
+        return terms(self, broken, batch, step)  # type: ignore[arg-type]
 
     CCLMPC.terms = spoilt  # type: ignore[method-assign]
     trainer.fit()
@@ -50,13 +53,17 @@ def train_with_a_bad_step(rank: int, world: int, raw: dict[str, Any], bad_rank: 
 
 
 def _everything(trainer: Trainer) -> dict[str, Tensor]:
-    state = dict(trainer.module.state_dict()) | trainer.method.state_dict()
+    state = dict(trainer.module.state_dict()) | trainer.method.state_dict() | trainer.method.rank_state_dict()
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def test_all_ranks_skip_a_non_finite_step_together(toy_corpus: Path, tmp_path: Path) -> None:
+BROKEN = ("embedding", "projection", "original_projection")
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_all_ranks_skip_a_non_finite_step_together(layout: str, toy_corpus: Path, tmp_path: Path) -> None:
     raw = toy.settings(toy_corpus, tmp_path, budget__images=60, checkpoint__every_steps=0, data__batch_labelled=2,
-                       data__batch_unlabelled=2)  # fmt: skip
+                       data__batch_unlabelled=2, ccl_mpc__contrast__bank_layout=layout)  # fmt: skip
     first, second = run_ranks(train_with_a_bad_step, 2, raw, 1, 5)
     for seen in (first, second):
         assert seen["skipped"] == 1
@@ -65,7 +72,8 @@ def test_all_ranks_skip_a_non_finite_step_together(toy_corpus: Path, tmp_path: P
             assert torch.equal(seen["before"][name], seen["after"][name]), f"{name} changed in a skipped step"
             assert torch.isfinite(seen["end"][name]).all(), name
         assert not torch.equal(seen["after"]["bank.keys"], seen["end"]["bank.keys"])
-    shared = [name for name in first["end"] if "running_" not in name]
+    own = ("running_",) if layout == "replicated" else ("running_", "bank.")
+    shared = [name for name in first["end"] if not any(part in name for part in own)]
     toy.assert_same({name: first["end"][name] for name in shared}, {name: second["end"][name] for name in shared})
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped_steps"] for line in lines][4:7] == [0, 1, 1]

@@ -10,19 +10,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.terms import Additive
 
-CASES = ("sbcl", "cgcl")
+CASES = ("sbcl", "sbcl other_class", "cgcl")
 TEMPERATURE = 0.07
 MIB = 2**20
+RATIOS = ("seconds", "peak_extra_mib")
+UNITS = {"seconds": "s", "seconds_spread": "s", "peak_extra_mib": "MiB", "predicted_mib": "MiB"}
+SWEEP = {  # one size changed at a time; naive is left out where its logits alone would take 4 GiB and more
+    "anchors": (512, 1024, 4096),
+    "keys": (16384, 131072, 524288),
+    "features": (64, 128),
+    "classes": (4, 8),
+}
 Record = dict[str, Any]
 
 
@@ -31,44 +39,52 @@ def bench_contrast(
     keys: int = 65536,
     features: int = 256,
     classes: int = 2,
-    tiles: Sequence[int] = (4096,),
+    sweep: bool = False,
+    tile: int = costs.TILE,
     repeats: int = 3,
     threads: int = 1,
 ) -> list[Record]:
-    """Records of both cases: "sbcl", all keys with gradient; "cgcl", `anchors` live keys and a bank for the
-    rest.
+    """Records of three cases: "sbcl" and "sbcl other_class", all keys with gradient; "cgcl", `anchors` live keys
+    and a bank for the rest. `sweep` adds the sizes of SWEEP.
 
-    Each variant has seconds (median of `repeats`, forward and backward), peak_extra_mib (resident memory
-    above inputs, gradients and imports, at its peak in one step). A streamed one has the ratios of both to
-    naive's besides, the last one also the largest relative differences of value and gradients (norm of the
-    difference over the norm).
+    Each variant has seconds (median of `repeats`, forward and backward) and their spread (largest less smallest),
+    peak_extra_mib (resident memory above inputs, gradients and imports, at its peak in one step) and
+    predicted_mib (losses/costs.py). The streamed one has the ratios of seconds and memory to naive's besides, and
+    at the first size the largest relative differences of value and gradients (norm of the difference over the
+    norm).
     """
-    size = {"anchors": anchors, "keys": keys, "features": features, "classes": classes}
+    base = {"anchors": anchors, "keys": keys, "features": features, "classes": classes}
+    sizes = [base]
+    if sweep:
+        sizes += [base | {name: value} for name, values in SWEEP.items() for value in values]
     records = []
-    for case in CASES:
-        naive = _measure(case, "naive", 0, size, repeats, threads)
-        records += _records(case, "naive", naive)
-        for tile in tiles:
-            streamed = _measure(case, "keys", tile, size, repeats, threads)
-            streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in naive}
-            records += _records(case, f"keys, tile {tile}", streamed)
-        records += _records(case, f"keys, tile {tiles[-1]}", _differences(case, tiles[-1], size))
+    for size in sizes:
+        for case in CASES:
+            if size["classes"] != classes and case == "sbcl":
+                continue  # knows no classes
+            records += _compare(case, size, tile, repeats, threads)
+            if size is base:
+                records += _records(case, size, "keys", _differences(case, tile, size))
     return records
 
 
-def _records(case: str, variant: str, metrics: dict[str, float]) -> list[Record]:
-    units = {"seconds": "s", "peak_extra_mib": "MiB"}
+def _compare(case: str, size: dict[str, int], tile: int, repeats: int, threads: int) -> list[Record]:
+    """Both sides of one size, naive where it fits."""
+    naive = {}
+    if 4 * size["anchors"] * size["keys"] < 4 * 2**30:
+        naive = _measure(case, "naive", tile, size, repeats, threads)
+    streamed = _measure(case, "keys", tile, size, repeats, threads)
+    streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in RATIOS if naive}
+    return _records(case, size, "naive", naive) + _records(case, size, "keys", streamed)
+
+
+def _records(case: str, size: dict[str, int], variant: str, metrics: dict[str, float]) -> list[Record]:
+    told = f"{case}: N={size['anchors']} M={size['keys']} F={size['features']} K={size['classes']}"
     return [
-        {
-            "bench": "contrast",
-            "case": case,
-            "variant": variant,
-            "metric": name,
-            "value": value,
-            "unit": units.get(name, "1"),
-        }
+        {"bench": "contrast", "case": told, "variant": variant, "metric": name, "value": value,
+         "unit": UNITS.get(name, "1")}
         for name, value in metrics.items()
-    ]
+    ]  # fmt: skip
 
 
 def _measure(case: str, exchange: str, tile: int, size: dict[str, int], repeats: int, threads: int) -> dict[str, float]:
@@ -94,9 +110,13 @@ def _inputs(case: str, anchors: int, keys: int, features: int, classes: int) -> 
     def unit(*shape: int) -> Tensor:
         return normalize(torch.randn(*shape, generator=generator), dim=-1)
 
-    if case == "sbcl":
+    if case != "cgcl":
         shapes = {"anchors": (anchors, features), "positives": (anchors, features), "negatives": (keys, features)}
-        return {name: unit(*shape).requires_grad_() for name, shape in shapes.items()}
+        inputs = {name: unit(*shape).requires_grad_() for name, shape in shapes.items()}
+        if case == "sbcl":
+            return inputs
+        known = {"anchor_class": anchors, "negative_class": keys}
+        return inputs | {name: torch.randint(-1, classes, (n,), generator=generator) for name, n in known.items()}
     rows = classes, anchors // classes
     stored = classes, (keys - anchors) // classes
     return {
@@ -110,7 +130,7 @@ def _inputs(case: str, anchors: int, keys: int, features: int, classes: int) -> 
 
 def _step(case: str, exchange: Exchange, tile: int, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Value and gradients."""
-    loss: Any = sbcl if case == "sbcl" else cgcl
+    loss: Any = cgcl if case == "cgcl" else sbcl
     out: Additive = loss(**inputs, temperature=TEMPERATURE, exchange=exchange, tile=tile)
     value = out.sum / out.count
     return value.detach(), torch.autograd.grad(value, [x for x in inputs.values() if x.requires_grad])
@@ -139,7 +159,19 @@ def _run(
         start = time.perf_counter()
         _step(case, exchange, tile, inputs)
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds), "peak_extra_mib": peak / MIB}
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_spread": max(seconds) - min(seconds),
+        "peak_extra_mib": peak / MIB,
+        "predicted_mib": _predicted(case, exchange, tile, size) / MIB,
+    }
+
+
+def _predicted(case: str, exchange: Exchange, tile: int, size: dict[str, int]) -> int:
+    n, m, f, k = size["anchors"], size["keys"], size["features"], size["classes"]
+    if case != "cgcl":
+        return costs.sbcl(exchange, n, m, f, 1, tile=tile).held
+    return costs.cgcl(exchange, n // k, k, f, 1, stored=(m - n) // k, tile=tile).held
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ bytes brings 2 (g - 1) / g n. g ranks in the group, N anchors and M keys a rank,
 from dataclasses import dataclass
 from typing import Literal
 
+from cclmpc_dist.config import Contrast
 from cclmpc_dist.losses.contrast import Exchange
 from cclmpc_dist.losses.streaming import LOGITS
 
 FLOAT, INT, BOOL = 4, 8, 1  # bytes
+TILE: int = Contrast.model_fields["tile"].default
 NAIVE_COPIES = {"sbcl": 4, "cgcl": 7}  # N x M float32 tensors alive at the peak (benchmarks/results/contrast.json)
 
 
@@ -29,7 +31,15 @@ class Cost:
 
 
 def sbcl(
-    exchange: Exchange, anchors: int, keys: int, features: int, ranks: int, *, live: bool = True, classes: bool = False
+    exchange: Exchange,
+    anchors: int,
+    keys: int,
+    features: int,
+    ranks: int,
+    *,
+    tile: int = TILE,
+    live: bool = True,
+    classes: bool = False,
 ) -> Cost:
     """One call of contrast.sbcl with N = anchors and M = keys a rank; `classes` where it is given any."""
     pairs = anchors * ranks * keys
@@ -37,7 +47,7 @@ def sbcl(
         received = anchors * (2 * features * FLOAT + 6 * FLOAT + classes * INT)
     else:
         received = keys * ((1 + live) * features * FLOAT + classes * INT)
-    held = _held("sbcl", exchange, anchors, keys, 0, features, ranks, live)
+    held = _held("sbcl", exchange, anchors, keys, 0, features, ranks, tile, live)
     return Cost((ranks - 1) * received, held, _flops(exchange, features, pairs if live else 0, 0 if live else pairs))
 
 
@@ -48,6 +58,7 @@ def cgcl(
     features: int,
     ranks: int,
     *,
+    tile: int = TILE,
     stored: int = 0,
     sharded: bool = False,
     live: bool = True,
@@ -60,7 +71,7 @@ def cgcl(
         received = rows * ((1 + live) * features * FLOAT + BOOL + INT)
     pairs, banked = rows * ranks * rows, rows * classes * stored * (ranks if sharded else 1)
     flops = _flops(exchange, features, pairs if live else 0, banked + (0 if live else pairs))
-    held = _held("cgcl", exchange, rows, rows, banked // rows if rows else 0, features, ranks, live)
+    held = _held("cgcl", exchange, rows, rows, classes * stored, features, ranks, tile, live)
     return Cost((ranks - 1) * received, held, flops)
 
 
@@ -81,12 +92,13 @@ def _flops(exchange: Exchange, features: int, pairs: int, detached: int) -> int:
     return 2 * features * (live * pairs + 2 * detached)
 
 
-def _held(term: str, exchange: Exchange, n: int, m: int, banked: int, f: int, g: int, live: bool) -> int:
-    travels = g > 1
+def _held(term: str, exchange: Exchange, n: int, m: int, banked: int, f: int, g: int, tile: int, live: bool) -> int:
+    """n anchors and m keys a rank, banked keys on it; the streamed forms hold a tile's logits, CGCL's twice."""
+    travels, buffers = g > 1, 1 + (term == "cgcl")
     if exchange == "anchors":
         rows = g * n
-        return FLOAT * ((3 + travels) * rows * f + min(LOGITS, rows * max(m, banked)))
+        return FLOAT * ((3 + travels) * rows * f + buffers * min(LOGITS, rows * min(tile, max(m, banked))))
     gathered = travels * (1 + live) * g * m * f
     if exchange == "naive":
         return FLOAT * (gathered + NAIVE_COPIES[term] * n * (g * m + banked))
-    return FLOAT * (gathered + 3 * n * f + min(LOGITS, n * max(g * m, banked)))
+    return FLOAT * (gathered + 3 * n * f + buffers * min(LOGITS, n * min(tile, max(g * m, banked))))

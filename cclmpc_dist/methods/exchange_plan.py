@@ -42,16 +42,19 @@ def term_costs(term: str, config: Config, classes: int, batches: dict[str, int],
     for how in ("naive", "keys", "anchors"):
         if term == "sbcl":
             n, m = 2 * min(settings.n_sbcl, places), min(settings.n_negatives, places)
-            told = {"live": live, "classes": settings.negatives == "other_class"}
-            width = config.model.projection
-            first = costs.sbcl(how, labelled * n, unlabelled * m, width, ranks, **told)
-            found[how] = first + costs.sbcl(how, unlabelled * n, labelled * m, width, ranks, **told)
+            known, width = settings.negatives == "other_class", config.model.projection
+            sides = [
+                costs.sbcl(how, mine * n, other * m, width, ranks, tile=settings.tile, live=live, classes=known)
+                for mine, other in ((labelled, unlabelled), (unlabelled, labelled))
+            ]
+            found[how] = sides[0] + sides[1]
         else:
             n, width = images * min(settings.n_cgcl, 2 * places), config.model.embedding
             offers = min(settings.bank_offer, 2 * places) + 1 if settings.bank else 0
             fill = costs.bank(images, classes, offers, width, world, sharded=sharded)
-            stored = settings.bank
-            found[how] = fill + costs.cgcl(how, n, classes, width, ranks, stored=stored, sharded=sharded, live=live)
+            found[how] = fill + costs.cgcl(
+                how, n, classes, width, ranks, tile=settings.tile, stored=settings.bank, sharded=sharded, live=live
+            )
     return found
 
 
