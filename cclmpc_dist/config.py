@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,6 +189,10 @@ class Config(Settings):
 
 
 MODEL_STRIDE = 16  # the V-Net halves four times
+_WORDS = {
+    "tuple_type": "input should be a list, as in [64, 64, 32]",
+    "model_type": "input should be a section, with `key: value` lines of its own",
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -206,6 +210,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    repeated = [f"{path}: {line}" for line in _repeated(yaml.compose(text, yaml.SafeLoader))]
+    if repeated:
+        raise InputError("\n".join(repeated))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no settings: write `key: value` lines, as configs/demo.yaml does")
     for item in overrides:
@@ -218,7 +225,7 @@ def parse(raw: dict[str, Any], where: str) -> Config:
     try:
         config, problems = Config.model_validate(raw), []
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = list(dict.fromkeys(_explain(item, raw) for item in error.errors()))
         try:  # combinations of what is left are told in the same breath
             config = Config.model_validate(_without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
@@ -298,6 +305,19 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
+def _repeated(node: yaml.Node | None, section: str = "") -> Iterator[str]:
+    """Keys that a section holds twice, of which YAML takes the last and says nothing. One line a problem."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{section}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            yield f"line {line}: {name} is set in line {lines[name]} already: remove one of the two"
+        lines[name] = line
+        yield from _repeated(value, f"{name}.")
+
+
 def _override(raw: dict[str, Any], item: str) -> None:
     key, equals, value = item.partition("=")
     if not equals or not key:
@@ -322,17 +342,39 @@ def _fields(loc: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, raw: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors; the same line for each alternative that a setting has."""
     loc: tuple[int | str, ...] = item["loc"]
-    key = ".".join(str(part) for part in loc if isinstance(part, int) or not part.startswith(("list[", "int", "tuple")))
     if item["type"] == "extra_forbidden":
         names = _fields(loc)
         near = difflib.get_close_matches(str(loc[-1]), names, 1)
         remedy = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
-        return f"{key}: unknown setting: {remedy}"
+        return f"{'.'.join(map(str, loc))}: unknown setting: {remedy}"
+    setting, description = _setting(loc)
+    key, inside = ".".join(setting), loc[len(setting) :]
     if item["type"] == "missing":
         return f"{key}: missing: set it"
-    return f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    if any(isinstance(part, str) for part in inside):  # pydantic's name of an alternative
+        value: Any = raw
+        for part in setting:
+            value = value[part]
+        return f"{key} = {value!r}: not what it takes: {description}"
+    place = "".join(f"[{part}]" for part in inside)
+    words = _WORDS.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}")
+    return f"{key}{place} = {item['input']!r}: {words}"
+
+
+def _setting(loc: tuple[int | str, ...]) -> tuple[list[str], str]:
+    """The part of `loc` that names a setting, and the setting's help text; places in its value are left off."""
+    section: Any = Config
+    names: list[str] = []
+    for part in loc:
+        names.append(str(part))
+        field = section.model_fields[part]
+        section = field.annotation
+        if not hasattr(section, "model_fields"):
+            break
+    return names, field.description or ""
 
 
 def _without(raw: dict[str, Any], locs: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("budget.epochs=3", "exactly one of budget.images and budget.epochs"),
         ("data.oversample_foreground=1.5", "data.oversample_foreground = 1.5"),
         ("data.patch=[32]", "data.patch has 1 numbers"),
-        ("data=5", "data = 5"),
+        ("data=5", "data = 5: input should be a section"),
+        ("data.patch=32", "data.patch = 32: input should be a list"),
+        ("data.patch=[a,32,32]", "data.patch[0] = 'a': input should be a valid integer"),
         ("zzz.qqq=1", "zzz: unknown setting: known here: name, runs"),
         ("seed=-1", "seed = -1"),
         ("name=a/b", "name = 'a/b'"),
@@ -80,6 +82,26 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_bad_setting_is_named(override: str, said: str, tmp_path: Path) -> None:
     assert any(said in line for line in problems(tmp_path, override)), problems(tmp_path, override)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "x", "[1, 2]", "{a: 1}"])
+def test_setting_with_alternatives_is_one_line(value: str, tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, f"data.labelled={value}")
+    assert f"data.labelled = {yaml.safe_load(value)!r}: not what it takes: labelled training cases: first N" in line
+
+
+def test_key_that_comes_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    text = yaml.safe_dump(toy.settings(tmp_path, tmp_path))
+    count = text.count("\n")
+    path.write_text(f"{text}log_every: 5\nevaluation:\n  batch: 1\n  stride: [8, 8, 8]\n  batch: 2\n")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    first = text.splitlines().index("log_every: 1") + 1
+    assert str(caught.value).splitlines() == [
+        f"{path}: line {count + 1}: log_every is set in line {first} already: remove one of the two",
+        f"{path}: line {count + 5}: evaluation.batch is set in line {count + 3} already: remove one of the two",
+    ]
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "name.deep=1", "name=[a"])
