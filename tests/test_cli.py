@@ -101,6 +101,7 @@ def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -
         (["inspect", "nowhere"], "nowhere"),
         (["eval", "nowhere"], "nowhere: no run folder"),
         (["report", "nowhere"], "nowhere"),
+        (["report", "{tmp}"], "no run folder: name one that `cclmpc train` wrote"),
         (["shard", "nowhere", "--format", "la-h5", "--out", "{tmp}/o"], "nowhere: no such folder"),
         (["shard", "many", "--format", "phantom", "--out", "{tmp}/o"], "many: --format phantom takes a number"),
         (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'jpeg' is not one of"),

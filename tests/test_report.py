@@ -187,14 +187,20 @@ def page(run):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run folder with everything in it."""
+def bare_run(tmp_path):
+    """A run folder with no more than its settings."""
     settings = {
         "name": "a_run",
         "data": {"path": "x<script>y", "patch": [16, 16, 16], "labelled": 8},
         "budget": {"images": 100},
     }
     (tmp_path / "config.yaml").write_text(config.dump(config.parse(settings, "test")))
+    return tmp_path
+
+
+@pytest.fixture
+def run(bare_run, tmp_path):
+    """A run folder with everything in it."""
     (tmp_path / "environment.json").write_text(json.dumps({"host": "<script>alert(1)</script>"}))
     lines = [
         {"step": s, "loss/total": 1 / s, "loss/<i>": math.nan if s % 2 else s, "optim/lr": 0.1, "perf/note": "x"}
@@ -246,9 +252,9 @@ def test_report_of_one_case_draws_it_once(run):
     assert sum(source.startswith("data:image/png") for source in shown.sources) == 1
 
 
-def test_report_says_what_is_missing(tmp_path):
-    text = page(tmp_path).text
-    for words in ("neither config.yaml nor", "has not been evaluated", "no scalar", "has no such file"):
+def test_report_says_what_is_missing(bare_run):
+    text = page(bare_run).text
+    for words in ("has not been evaluated", "no scalar", "has no such file"):
         assert words in text
 
 
@@ -267,19 +273,24 @@ def test_report_of_images(run):
     assert sum(source.startswith("data:image/png") for source in page(run).sources) == 2
 
 
-def test_report_of_no_folder(tmp_path):
-    with pytest.raises(InputError, match="no such run folder"):
-        report(tmp_path / "nowhere")
+@pytest.mark.parametrize("name", ["nowhere", "empty", "other"])
+def test_report_of_no_run_folder(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=f"{name}: no run folder: name one that"):
+        report(tmp_path / name)
+    assert not (tmp_path / name / "report.html").exists()
 
 
-def test_resumed_steps_count_once_and_torn_lines_are_told(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
+def test_resumed_steps_count_once_and_torn_lines_are_told(bare_run):
+    (bare_run / "metrics.jsonl").write_text(
         '{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 2, "a": 5, "b": NaN}\n[3]\n{"step": 3, "a":'
     )
-    scalars, unreadable = read_scalars(tmp_path / "metrics.jsonl")
+    scalars, unreadable = read_scalars(bare_run / "metrics.jsonl")
     assert unreadable == 2
     assert [x.tolist() for x in scalars["a"]] == [[1, 2], [1.0, 5.0]]
-    assert "could not be read: 2" in page(tmp_path).text
+    assert "could not be read: 2" in page(bare_run).text
 
 
 def test_overlay_marks_label_and_prediction_where_they_are():

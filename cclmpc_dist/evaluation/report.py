@@ -37,12 +37,12 @@ _BY_COLUMN = {metric.column: metric for metric in METRICS}
 def report(run: str | Path) -> Path:
     """Write <run>/report.html and return its path. What the folder lacks is said in its place.
 
-    Raises InputError where there is no such folder or a file in it is damaged.
+    Raises InputError where the folder is not a run's or a file in it is damaged.
     """
     run = Path(run)
-    if not run.is_dir():
-        raise InputError(f"{run}: no such run folder: name one that `cclmpc train` wrote")
-    config = settings.load(run / "config.yaml") if (run / "config.yaml").exists() else None
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: no run folder: name one that `cclmpc train` wrote")
+    config = settings.load(run / "config.yaml")
     scalars, unreadable = read_scalars(run / "metrics.jsonl")
     sections = [
         _facts(config, scalars),
@@ -51,7 +51,7 @@ def report(run: str | Path) -> Path:
         _origins(run),
     ]
     path, temporary = run / "report.html", run / "report.tmp"
-    temporary.write_text(page.document(config.name if config else run.resolve().name, sections), encoding="utf-8")
+    temporary.write_text(page.document(config.name, sections), encoding="utf-8")
     os.replace(temporary, path)
     return path
 
@@ -81,12 +81,11 @@ def _curve(points: dict[int, float]) -> pictures.Curve:
     return np.array(steps), np.array([points[step] for step in steps])
 
 
-def _facts(config: settings.Config | None, scalars: dict[str, pictures.Curve]) -> str:
-    facts = _settings(config) if config else {}
+def _facts(config: settings.Config, scalars: dict[str, pictures.Curve]) -> str:
+    facts = _settings(config)
     if scalars:
         facts["Last step logged"] = max(int(steps[-1]) for steps, _ in scalars.values())
-    missing = page.para("The folder has neither config.yaml nor metrics.jsonl.")
-    return page.section("Run", page.facts(facts) if facts else missing)
+    return page.section("Run", page.facts(facts))
 
 
 def _settings(config: settings.Config) -> dict[str, Any]:
