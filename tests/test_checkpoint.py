@@ -60,13 +60,12 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
 def test_half_written_checkpoint_is_not_there(tmp_path: Path) -> None:
     _save(tmp_path, 1).wait()
     shutil.copytree(tmp_path / "step-000000001", tmp_path / "step-000000002.tmp")
-    (tmp_path / "step-000000003").mkdir()
     assert complete_steps(tmp_path) == [1]
     Checkpoints(tmp_path, 0, 1, 2).prepare()
     assert not (tmp_path / "step-000000002.tmp").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "rank-00000.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "state.json", "rank-00000.safetensors"])
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove"])
 def test_torn_file_is_named(name: str, harm: str, tmp_path: Path) -> None:
     _save(tmp_path, 1).wait()
@@ -76,8 +75,18 @@ def test_torn_file_is_named(name: str, harm: str, tmp_path: Path) -> None:
         file.unlink()
     else:
         file.write_bytes(data[:-1] if harm == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(InputError, match=f"{name}.*missing or altered"):
+    with pytest.raises(InputError, match=f"{name}: missing or altered.*remove .*step-000000001 to start at step 0"):
         read_state(tmp_path, 1)
+
+
+def test_torn_checkpoint_is_told_with_the_one_before_it(tmp_path: Path) -> None:
+    for step in (3, 7):
+        _save(tmp_path, step).wait()
+    (tmp_path / "step-000000007" / "manifest.json").unlink()
+    assert complete_steps(tmp_path) == [3, 7]
+    with pytest.raises(InputError, match=r"manifest\.json: missing.*step-000000007 to go on from step 3"):
+        read_state(tmp_path, 7)
+    assert read_state(tmp_path, 3)["step"] == 3
 
 
 def test_other_version_is_refused(tmp_path: Path) -> None:

@@ -108,29 +108,38 @@ class Checkpoints:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the committed checkpoints, ascending."""
-    names = (entry.name for entry in folder.glob("step-*") if (entry / "manifest.json").is_file())
-    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+    """Steps of the committed checkpoints, ascending. The name says it: the rename that gives it comes last."""
+    names = (entry.name.removeprefix("step-") for entry in folder.glob("step-*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def read_state(folder: Path, step: int) -> dict[str, Any]:
     """state.json of a checkpoint, after every file is checked against the manifest.
 
-    Raises InputError naming a file that is missing, cut or altered, or a version this program does not read.
+    Raises InputError naming a file that is missing, cut or altered, manifest.json too, or a version this program
+    does not read.
     """
-    place = folder / _name(step)
-    if not (place / "manifest.json").is_file():
-        have = complete_steps(folder)
-        raise InputError(f"{place}: no such checkpoint: there are {have or 'none'}")
-    manifest = json.loads((place / "manifest.json").read_text())
-    for name, expected in manifest.items():
-        if not (place / name).is_file() or _digest(place / name) != expected:
-            raise InputError(f"{place / name}: missing or altered since it was written: remove {place.name} to go on "
-                             "from the checkpoint before it")  # fmt: skip
+    place, steps = folder / _name(step), complete_steps(folder)
+    if step not in steps:
+        raise InputError(f"{place}: no such checkpoint: there are {steps or 'none'}")
+    harmed = _harmed(place)
+    if harmed:
+        before = [earlier for earlier in steps if earlier < step]
+        remedy = f"go on from step {before[-1]}" if before else "start at step 0"
+        raise InputError(f"{place / harmed}: missing or altered since it was written: remove {place} to {remedy}")
     state: dict[str, Any] = json.loads((place / "state.json").read_text())
     if state["version"] != VERSION:
         raise InputError(f"{place}: checkpoint version {state['version']}, this program reads {VERSION}")
     return state
+
+
+def _harmed(place: Path) -> str | None:
+    """Name of a file of a checkpoint that is not as it was written."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return "manifest.json"
+    return next((name for name, digest in manifest.items() if not _is_as(place / name, digest)), None)
 
 
 def read_group(folder: Path, step: int, name: str) -> Tensors:
@@ -193,6 +202,10 @@ def _write_json(file: Path, value: Any) -> None:
 def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def _is_as(file: Path, digest: dict[str, Any]) -> bool:
+    return file.is_file() and _digest(file) == digest
 
 
 def _sync(file: Path) -> None:
