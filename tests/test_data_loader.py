@@ -257,6 +257,7 @@ def test_a_damaged_sample_ends_the_run_in_one_line(tmp_path, workers):
     assert str(error.value).startswith(
         f"{index.shard_path(int(index['shard'][2]))}: case case-002: its image is damaged"
     )
+    assert str(error.value).endswith("copy the shard again, or set data.on_error=skip")
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
 

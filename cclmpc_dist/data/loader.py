@@ -154,7 +154,7 @@ class Stream:
                 return _Sample(row, self._reader.image(row), label, passed)
             except InputError as error:
                 if self.on_error == "fail":
-                    raise
+                    raise InputError(f"{error}, or set data.on_error=skip") from None
                 problem = error
         raise InputError(f"no readable sample is left in lane {lane} of the {self.name} stream; the last: {problem}")
 

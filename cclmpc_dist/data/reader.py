@@ -127,9 +127,7 @@ class Reader:
         else:
             buffer, start = self._map(int(self.index["shard"][row])), int(self.index[f"{part}_at"][row])
         if buffer[start : start + len(head)] != head:
-            raise InputError(
-                f"{self._where(row)}: its {part} is damaged: copy the shard again, or set data.on_error=skip"
-            )
+            raise InputError(f"{self._where(row)}: its {part} is damaged: copy the shard again")
         dtype = np.dtype(np.uint8) if code == LABEL else DTYPES[code]
         return np.ndarray(shape, dtype, buffer, start + len(head))
 
