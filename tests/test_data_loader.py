@@ -33,6 +33,14 @@ def stream(index, rows=None, patch=PATCH, batch=4, seed=3, **options):
     return Stream(index, "labelled", rows, batch, seed, patch, **({"with_label": True, "block": 2} | options))
 
 
+def drawn(data, step, lane):
+    """Index row and crop of one lane, where no sample is passed over."""
+    epoch, t = data.order.place(step)
+    row, p = data.order.lane(epoch, t, lane)
+    key = draws.key(data.seed, data.name, epoch, p)
+    return row, data._crop(row, data._numbers(torch.tensor([key]))[0])
+
+
 def same(a, b):
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -69,7 +77,7 @@ def test_crops_against_the_oracle(corpus, patch):
     for step in range(12):
         batch = data.batch(step, range(4))
         for lane in range(4):
-            row, crop = data.draw(step, lane)
+            row, crop = drawn(data, step, lane)
             seen.add((crop.turns, crop.flips))
             image, label = reader.volume(row)
             np.testing.assert_array_equal(batch["image"][lane], oracle(image, crop, patch, reader.background(row)))
@@ -82,7 +90,7 @@ def test_a_turned_crop_is_the_crop_of_the_turned_volume(corpus):
     """numpy's own rot90 and flip of the whole volume, then a plain slice somewhere."""
     data, reader = stream(corpus), Reader(corpus)
     for step in range(8):
-        row, crop = data.draw(step, 0)
+        row, crop = drawn(data, step, 0)
         whole = np.rot90(reader.image(row), crop.turns, (1, 2))
         whole = np.flip(whole, tuple(axis + 1 for axis in crop.flips))
         found = data.batch(step, [0])["image"][0].numpy()
@@ -97,7 +105,7 @@ def test_two_axes(tmp_path):
         batch = data.batch(step, range(4))
         assert batch["image"].shape == (4, 3, 6, 8)
         for lane in range(4):
-            row, crop = data.draw(step, lane)
+            row, crop = drawn(data, step, lane)
             np.testing.assert_array_equal(batch["image"][lane], oracle(reader.image(row), crop, (6, 8), 0))
 
 
@@ -124,13 +132,13 @@ def test_patch_of_another_number_of_axes_is_refused(corpus):
 
 def test_crops_reach_every_place(corpus):
     data = stream(corpus, rows=[0], patch=(7, 7, 7), batch=1, rotate=False, flip=())
-    starts = {data.draw(step, 0)[1].start for step in range(200)}
+    starts = {drawn(data, step, 0)[1].start for step in range(200)}
     assert starts == {(x, y, 0) for x in range(3) for y in range(2)}
 
 
 def test_a_small_volume_lies_in_the_middle(corpus):
     data = stream(corpus, rows=[0], patch=(12, 10, 7), batch=1, rotate=False)
-    row, crop = data.draw(0, 0)
+    row, crop = drawn(data, 0, 0)
     assert corpus["shape"][row].tolist() == [2, 9, 8, 7]
     assert crop.start == (-1, -1, 0)
 
@@ -268,7 +276,7 @@ def test_a_damaged_sample_is_passed_over(tmp_path):
     passed = 0
     for step in range(2 * data.order.steps):
         batch = data.batch(step, range(2))
-        rows = [whole.draw(step, lane)[0] for lane in range(2)]
+        rows = [drawn(whole, step, lane)[0] for lane in range(2)]
         epoch, t = data.order.place(step)
         passed += batch["skipped"]
         assert batch["skipped"] == rows.count(2)
@@ -293,7 +301,7 @@ def test_to_device_gives_normalised_float32_and_int64(corpus):
     assert (batch["image"].dtype, batch["label"].dtype) == (torch.float32, torch.int64)
     assert "scale" not in batch
     for lane in range(4):
-        row, crop = data.draw(0, lane)
+        row, crop = drawn(data, 0, lane)
         expected = oracle(reader.normalised(row), crop, PATCH, 0)
         np.testing.assert_array_equal(batch["image"][lane], expected)
 
@@ -309,7 +317,7 @@ def test_stored_types_may_mix(tmp_path):
     assert batch["image"].dtype == torch.float32
     assert batch["scale"].tolist() == [1] * 4
     for lane, values in enumerate(to_device(batch, "cpu")["image"]):
-        row, crop = data.draw(0, lane)
+        row, crop = drawn(data, 0, lane)
         np.testing.assert_array_equal(values, oracle(reader.normalised(row), crop, PATCH, 0))
 
 
@@ -322,8 +330,9 @@ def test_compressed_shards_give_the_same_batches(tmp_path):
 def test_streams_of_a_selection_do_not_meet(corpus):
     rows = select(corpus, 4, 1)
     labelled, unlabelled = stream(corpus, rows["labelled"]), stream(corpus, rows["unlabelled"], with_label=False)
-    drawn = [{data.draw(step, lane)[0] for step in range(12) for lane in range(4)} for data in (labelled, unlabelled)]
-    assert drawn == [{0, 1, 2}, set(range(4, 14))]
+    lanes = [(step, lane) for step in range(12) for lane in range(4)]
+    rows = [{drawn(data, *place)[0] for place in lanes} for data in (labelled, unlabelled)]
+    assert rows == [{0, 1, 2}, set(range(4, 14))]
 
 
 def test_bench_compares_in_one_run():

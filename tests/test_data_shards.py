@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from cclmpc_dist.data import index as index_file
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index, select, sha256
-from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.data.reader import Reader, region
 from cclmpc_dist.data.verify import inspect, verify
 from cclmpc_dist.errors import InputError
 
@@ -63,8 +63,6 @@ def test_everything_comes_back(tmp_path, kind, compress):
         assert index.key(row) == case.key
         np.testing.assert_allclose(reader.normalised(row), case.image, rtol=0, atol=1e-6)
         np.testing.assert_array_equal(reader.label(row), case.label)
-        assert reader.meta(row)["spacing"] == [1.0, 1.0, 1.0]
-        assert reader.meta(row)["patient"] == case.key
     assert verify(tmp_path / "out") == []
 
 
@@ -102,6 +100,8 @@ def test_plain_webdataset_reads_the_shards(corpus):
         restored = sample["json"]["offset"] + sample["json"]["scale"] * sample["image.npy"]
         np.testing.assert_array_equal(restored, case.image)
         assert ("label.npy" in sample) == (case.key != "case-005")
+        told = {name: sample["json"][name] for name in ("patient", "spacing", "cropped_by_label")}
+        assert told == {"patient": case.key, "spacing": [1.0, 1.0, 1.0], "cropped_by_label": False}
 
 
 def test_index_is_read_by_any_safetensors_reader_and_mapped_by_ours(corpus):
@@ -167,28 +167,28 @@ def test_find_returns_rows_in_the_order_asked_for(corpus):
     assert corpus.find(["case-007", "case-000", "case-003"]).tolist() == [7, 0, 3]
 
 
-def test_crop_matches_slicing_and_pads_around(corpus):
-    reader = Reader(corpus)
-    image, label = reader.volume(1)
-    inside, inside_label = reader.crop(1, (2, 1, 3), (4, 5, 3))
+def test_a_region_matches_slicing_and_pads_around(corpus):
+    image, label = Reader(corpus).volume(1)
+    inside = region(image, (2, 1, 3), (4, 5, 3), 9)
     np.testing.assert_array_equal(inside, image[:, 2:6, 1:6, 3:6])
-    np.testing.assert_array_equal(inside_label, label[2:6, 1:6, 3:6])
-    padded, padded_label = reader.crop(1, (-2, 1, -1), (image.shape[1] + 5, 4, 3))
-    expected = np.zeros_like(padded)
+    assert np.shares_memory(inside, image)
+    np.testing.assert_array_equal(region(label, (2, 1, 3), (4, 5, 3), 9), label[2:6, 1:6, 3:6])
+    padded = region(image, (-2, 1, -1), (image.shape[1] + 5, 4, 3), 9)
+    expected = np.full_like(padded, 9)
     expected[:, 2:-3, :, 1:] = image[:, :, 1:5, :2]
     np.testing.assert_array_equal(padded, expected)
-    assert padded_label[:2].max() == 0
-    np.testing.assert_array_equal(padded_label[2:-3, :, 1:], label[:, 1:5, :2])
-    outside, _ = reader.crop(1, (50, -20, 0), (3, 3, 3))
-    assert outside.max() == 0
+    padded = region(label, (-2, 1, -1), (image.shape[1] + 5, 4, 3), 0)
+    assert padded[:2].max() == 0
+    np.testing.assert_array_equal(padded[2:-3, :, 1:], label[:, 1:5, :2])
+    np.testing.assert_array_equal(region(label, (50, -20, 0), (3, 3, 3), 9), np.full((3, 3, 3), 9))
 
 
 def test_padding_is_the_level_nearest_to_zero(tmp_path):
     case = numbered(1, kind="scaled")[0]
     index = write(tmp_path / "out", [case])
-    reader = Reader(index)
-    image, _ = reader.crop(0, (-3, 0, 0), (3, 4, 4))
-    assert np.abs(index["offset"][0] + index["scale"][0] * image).max() <= 0.5 * index["scale"][0]
+    background = Reader(index).background(0)
+    assert background in range(256)
+    assert np.abs(index["offset"][0] + index["scale"][0] * background) <= 0.5 * index["scale"][0]
 
 
 def test_a_bounded_number_of_shards_stays_mapped(corpus, monkeypatch):

@@ -110,13 +110,6 @@ class Stream:
         skipped = sum(sample.passed for sample in samples)
         return self._cut(samples, crops) | {"key": keys, "lane": torch.tensor(list(lanes)), "skipped": skipped}
 
-    def draw(self, step: int, lane: int) -> tuple[int, Crop]:
-        """Index row and crop of one lane at a global step, where no sample is passed over."""
-        epoch, t = self.order.place(step)
-        row, p = self.order.lane(epoch, t, lane)
-        numbers = self._numbers(torch.tensor([draws.key(self.seed, self.name, epoch, p)]))
-        return row, self._crop(row, numbers[0])
-
     def _numbers(self, keys: Tensor) -> list[list[float]]:
         """All draws of a batch in one call: turn; flip and start of each axis; foreground or not, class, voxel."""
         return draws.uniform(keys, "geometry", 4 + 2 * self.index.dims).tolist()

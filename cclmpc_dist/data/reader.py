@@ -1,7 +1,6 @@
 """Volumes and crops out of the shards. Layout: C channels, S spatial."""
 
 import io
-import json
 import mmap
 import os
 from collections import OrderedDict
@@ -72,21 +71,6 @@ class Reader:
         """Image (C, *S) float32, offset + scale * stored."""
         scale, offset = np.float32(self.index["scale"][row]), np.float32(self.index["offset"][row])
         return offset + scale * self.image(row).astype(np.float32)
-
-    def meta(self, row: int) -> dict[str, Any]:
-        """The sample's JSON: key, scale, offset, spacing, affine, patient, normalisation,
-        cropped_by_label."""
-        try:
-            return json.loads(self._bytes(row, "json"))
-        except ValueError:
-            raise InputError(f"{self._where(row)}: its JSON is damaged: copy the shard again") from None
-
-    def crop(self, row: int, start: Sequence[int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Copies of image (C, *size) and label (*size) from voxel `start` on; outside the volume the image
-        holds the stored value nearest to normalised 0 and the label 0."""
-        image, label = self.volume(row)
-        image = region(image, start, size, self.background(row)).copy()
-        return image, None if label is None else region(label, start, size, 0).copy()
 
     def background(self, row: int) -> float:
         """The stored value nearest to normalised 0."""
