@@ -274,6 +274,74 @@ def test_label_out_of_range_and_nan_are_found(tmp_path):
     assert "case-001: its image holds NaN" in problems[1]
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"classes": 5}, "classes = 5, written as 3: put 3 back"),
+        ({"channels": 2}, "channels = 2, written as 1"),
+        ({"dims": 2}, "dims = 2, written as 3"),
+        ({"counts": {"samples": 8, "with_label": 8, "labelled": 2, "val": 2}}, '"with_label": 7'),
+    ],
+)
+def test_manifest_that_the_index_contradicts(corpus, edit, words):
+    (corpus.path / index_file.MANIFEST).write_text(json.dumps(corpus.manifest | edit))
+    (problem,) = verify(corpus.path)
+    assert words in problem
+    assert "manifest.json" in problem
+    with pytest.raises(InputError, match=r"put .* back, or shard again"):
+        Index.open(corpus.path)
+
+
+def test_manifest_that_miscounts_the_shards(corpus):
+    shards = [dict(shard) for shard in corpus.manifest["shards"]]
+    shards[1]["samples"] += 1
+    (corpus.path / index_file.MANIFEST).write_text(json.dumps(corpus.manifest | {"shards": shards}))
+    (problem,) = verify(corpus.path)
+    assert f"shard-000001.tar: samples = {shards[1]['samples']}, written as" in problem
+    (corpus.path / index_file.MANIFEST).write_text(json.dumps(corpus.manifest | {"shards": shards[:1]}))
+    assert f"names 1 shards, the index {len(shards)}" in verify(corpus.path)[0]
+
+
+@pytest.mark.parametrize("cropped", [True, False])
+def test_manifest_that_hides_or_invents_the_crop_by_label(tmp_path, cropped):
+    cases = [
+        Case(case.key, case.image, case.label, case.spacing, {"cropped_by_label": cropped}) for case in numbered(2)
+    ]
+    index = write(tmp_path / "out", cases)
+    assert verify(index.path) == []
+    edited = index.manifest | {"cropped_by_label": not cropped}
+    (index.path / index_file.MANIFEST).write_text(json.dumps(edited))
+    (problem,) = verify(index.path)
+    assert f"cropped_by_label = {json.dumps(not cropped)}, written as {json.dumps(cropped)}" in problem
+
+
+def test_sample_whose_json_says_otherwise_is_found(corpus):
+    at, size = int(corpus["json_at"][1]), int(corpus["json_bytes"][1])
+    text = corpus.shard_path(0).read_bytes()[at : at + size]
+    patch(corpus.shard_path(0), at, text.replace(b'"scale": 1.0', b'"scale": 2.0'))
+    patch(corpus.shard_path(0), int(corpus["json_at"][0]), b"X")
+    rehash(corpus, 0)
+    first, second = verify(corpus.path)
+    assert "case-000: its JSON cannot be read: copy the shard again" in first
+    assert "case-001: its JSON says scale = 2.0, the index 1.0" in second
+
+
+@pytest.mark.parametrize("harm", [b"XXXX", b"\x93NUMPY\x01\x00\xff\xff", b"\x93NUMPY\x01\x00v\x00{'descr': (("])
+def test_damage_is_told_in_one_line(corpus, harm):
+    """numpy and tarfile have more to say."""
+    patch(corpus.shard_path(0), int(corpus["image_at"][0]), harm)
+    patch(corpus.shard_path(1), 0, b"X" * 512)
+    rehash(corpus, 0)
+    rehash(corpus, 1)
+    assert verify(corpus.path) == [
+        f"{corpus.shard_path(0)}: case case-000: its image cannot be read: copy the shard again",
+        f"{corpus.shard_path(1)}: not a readable tar: copy it again or shard again",
+    ]
+    with pytest.raises(InputError) as error:
+        inspect(corpus.path)
+    assert str(error.value).endswith("case-000: its image is damaged: copy the shard again")
+
+
 def test_index_of_another_corpus(corpus, tmp_path):
     other = write(tmp_path / "other", numbered(3))
     (corpus.path / index_file.INDEX).write_bytes((other.path / index_file.INDEX).read_bytes())

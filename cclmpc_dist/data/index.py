@@ -19,7 +19,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,16 @@ class Index:
         return self.path / self.manifest["shards"][shard]["name"]
 
     def problems(self) -> list[str]:
-        """One line if the index is not the manifest's, else one for each shard that is missing or of another size."""
+        """One line if the index is not the manifest's, else one for each entry of the manifest that the index
+        contradicts, and for each shard that is missing or of another size."""
         if sha256(self.path / INDEX) != self.identity:
             return [f"{self.path / INDEX}: damaged, or the index of another corpus than {MANIFEST}: shard again"]
-        problems = []
+        problems = [
+            edited(self.path, name, self.manifest[name], value)
+            for name, value in summary(self.columns).items()
+            if self.manifest[name] != value
+        ]
+        problems += self._miscounted()
         for number, shard in enumerate(self.manifest["shards"]):
             path = self.shard_path(number)
             if not path.is_file():
@@ -98,6 +104,18 @@ class Index:
                     f"{path}: has {size} of {shard['bytes']} bytes: truncated, copy it again or shard again"
                 )
         return problems
+
+    def _miscounted(self) -> list[str]:
+        """Shards whose number of samples the index contradicts, one line each."""
+        shards = self.manifest["shards"]
+        held = np.bincount(self["shard"], minlength=len(shards)).tolist()
+        if len(held) > len(shards):
+            return [f"{self.path / MANIFEST}: names {len(shards)} shards, the index {len(held)}: edited, shard again"]
+        return [
+            edited(self.path, f"{shard['name']}: samples", shard["samples"], samples)
+            for shard, samples in zip(shards, held, strict=True)
+            if shard["samples"] != samples
+        ]
 
     def key(self, row: int) -> str:
         start, stop = self["key_at"][row : row + 2]
@@ -125,6 +143,28 @@ class Index:
         first = row * (self.classes - 1)
         at = self["voxel_at"][first : first + self.classes]
         return [self["voxels"][a:b] for a, b in pairwise(at.tolist()) if b > a]
+
+
+def summary(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What the manifest repeats of the index, for whoever reads it without."""
+    samples = len(columns["shard"])
+    return {
+        "classes": (len(columns["voxel_at"]) - 1) // samples + 1,
+        "channels": int(columns["shape"][0, 0]),
+        "dims": columns["shape"].shape[1] - 1,
+        "counts": {
+            "samples": samples,
+            "with_label": int((columns["label_bytes"] > 0).sum()),
+            "labelled": int(columns["labelled"].sum()),
+            "val": int((columns["split"] == VAL).sum()),
+        },
+    }
+
+
+def edited(path: Path, entry: str, said: Any, true: Any) -> str:
+    """The line for an entry of a folder's manifest that is not what was written."""
+    was = json.dumps(true)
+    return f"{path / MANIFEST}: {entry} = {json.dumps(said)}, written as {was}: put {was} back, or shard again"
 
 
 def save(path: Path, columns: dict[str, np.ndarray], manifest: dict[str, Any]) -> Index:
@@ -216,6 +256,10 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
     return (
         all(isinstance(count, int) and count > 0 for count in counts)
         and manifest["classes"] > 1
+        and isinstance(manifest.get("source"), str)
+        and manifest.get("compress") in ("none", "zstd")
+        and isinstance(manifest.get("counts"), dict)
+        and isinstance(manifest.get("cropped_by_label"), bool)
         and isinstance(manifest.get("index_sha256"), str)
         and isinstance(shards, list)
         and all(isinstance(entry, dict) for entry in shards)

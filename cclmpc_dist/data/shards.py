@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.index import DTYPES, FOREGROUND, TRAIN, VAL, VERSION, Index, save
+from cclmpc_dist.data.index import DTYPES, FOREGROUND, TRAIN, VAL, VERSION, Index, save, summary
 from cclmpc_dist.errors import InputError
 
 TOLERANCE = 1e-3  # of a step between stored values; LA's float32 rounding stays below 2e-5
@@ -60,14 +60,9 @@ def write(
     columns = corpus.finish(labelled, val_last)
     manifest = {
         "version": VERSION, "format": "webdataset", "source": source, "compress": compress,
-        "classes": corpus.classes, "channels": corpus.form[0], "dims": corpus.form[1],
         "cropped_by_label": corpus.cropped_by_label, "shards": shards.done,
-        "counts": {
-            "samples": len(columns["shard"]), "with_label": int((columns["label_bytes"] > 0).sum()),
-            "labelled": int(columns["labelled"].sum()), "val": int((columns["split"] == VAL).sum()),
-        },
     }  # fmt: skip
-    return save(out, columns, manifest)
+    return save(out, columns, manifest | summary(columns))
 
 
 def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:

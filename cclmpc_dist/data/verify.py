@@ -1,14 +1,16 @@
 """Is a corpus what its index says, and what is in it."""
 
 import io
+import json
 import tarfile
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, sha256
+from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, edited, sha256
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
 
@@ -18,8 +20,9 @@ LOOKED_AT = 16  # volumes read for the summary, evenly taken
 def verify(path: str | Path) -> list[str]:
     """Every problem of a corpus, one line each: empty when all is well. Reads every byte.
 
-    The index must be the manifest's; each shard must be there, whole, and hash to what was written; its
-    members must be where the index says, finite, of the shapes, types and label range it says.
+    The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
+    whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
+    and label range it says.
     """
     try:
         index = Index.open(path, check=False)
@@ -28,32 +31,38 @@ def verify(path: str | Path) -> list[str]:
     problems = index.problems()
     if problems and INDEX in problems[0]:
         return problems
+    cropped: set[bool] = set()
     for number, shard in enumerate(index.manifest["shards"]):
         file = index.shard_path(number)
         if file.is_file() and file.stat().st_size == shard["bytes"]:
-            problems += _shard(index, number, shard["sha256"])
+            problems += _shard(index, number, shard["sha256"], cropped)
+    said = index.manifest["cropped_by_label"]
+    if cropped and any(cropped) != said:
+        problems.append(edited(index.path, "cropped_by_label", said, any(cropped)))
     return problems
 
 
-def _shard(index: Index, number: int, digest: str) -> Iterator[str]:
+def _shard(index: Index, number: int, digest: str, cropped: set[bool]) -> Iterator[str]:
+    """Problems of one shard; what its samples say of their crop is added to `cropped`."""
     file = index.shard_path(number)
     if sha256(file) != digest:
         yield f"{file}: its bytes are not those that were written (sha256): copy it again or shard again"
     rows = np.flatnonzero(index["shard"] == number)
     try:
-        with tarfile.open(file) as tar:
+        with tarfile.open(file, "r:") as tar:
             found = {member.name: (member.offset_data, member.size) for member in tar}
-    except tarfile.TarError as error:
-        yield f"{file}: not a readable tar ({error}): copy it again or shard again"
+    except tarfile.TarError:
+        yield f"{file}: not a readable tar: copy it again or shard again"
         return
     for row in rows.tolist():
-        yield from (f"{file}: case {index.key(row)}: {problem}" for problem in _sample(index, row, file, found))
+        for problem in _sample(index, row, file, found, cropped):
+            yield f"{file}: case {index.key(row)}: {problem}"
     expected = len(rows) * 2 + int((index["label_bytes"][rows] > 0).sum())
     if len(found) != expected:
         yield f"{file}: holds {len(found)} members, the index names {expected}: shard again"
 
 
-def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]]) -> Iterator[str]:
+def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]], cropped: set[bool]) -> Iterator[str]:
     suffix = ".npy.zst" if index.compress == "zstd" else ".npy"
     shape = tuple(index["shape"][row].tolist())
     for part, extension in {"image": suffix, "label": suffix, "json": ""}.items():
@@ -66,34 +75,57 @@ def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]
             yield from _image(_array(file, place, index.compress), shape, DTYPES[index["dtype"][row]])
         elif part == "label":
             yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
+        else:
+            yield from _json(_bytes(file, place), index, row, cropped)
 
 
-def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | str:
-    """The member's array, or why it cannot be read."""
-    import zstandard
-
+def _bytes(file: Path, place: tuple[int, int]) -> bytes:
     with open(file, "rb") as shard:
         shard.seek(place[0])
-        data = shard.read(place[1])
+        return shard.read(place[1])
+
+
+def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | None:
+    """The member's array, None where it cannot be read."""
+    import zstandard
+
+    data = _bytes(file, place)
     try:
         data = zstandard.ZstdDecompressor().decompress(data) if compress == "zstd" else data
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, zstandard.ZstdError) as error:
-        return str(error)
+    except (ValueError, TypeError, SyntaxError, EOFError, tokenize.TokenError, zstandard.ZstdError):
+        return None  # numpy reads the header as Python text
 
 
-def _image(image: np.ndarray | str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[str]:
-    if isinstance(image, str):
-        yield f"its image cannot be read ({image}): copy the shard again"
+def _json(data: bytes, index: Index, row: int, cropped: set[bool]) -> Iterator[str]:
+    held = {
+        "key": index.key(row), "scale": float(index["scale"][row]), "offset": float(index["offset"][row]),
+        "spacing": index["spacing"][row].tolist(),
+    }  # fmt: skip
+    try:
+        meta = json.loads(data)
+        said = {name: meta[name] for name in held}
+        cropped.add(meta["cropped_by_label"])
+    except (ValueError, KeyError, TypeError):
+        yield "its JSON cannot be read: copy the shard again"
+        return
+    for name, value in held.items():
+        if said[name] != value:
+            yield f"its JSON says {name} = {said[name]}, the index {value}: shard again"
+
+
+def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[str]:
+    if image is None:
+        yield "its image cannot be read: copy the shard again"
     elif image.shape != shape or image.dtype != dtype:
         yield f"its image is {image.dtype} {image.shape}, the index says {dtype} {shape}: shard again"
     elif not np.isfinite(image).all():
         yield "its image holds NaN or infinity: repair the source and shard again"
 
 
-def _label(label: np.ndarray | str, shape: tuple[int, ...], classes: int) -> Iterator[str]:
-    if isinstance(label, str):
-        yield f"its label cannot be read ({label}): copy the shard again"
+def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> Iterator[str]:
+    if label is None:
+        yield "its label cannot be read: copy the shard again"
     elif label.shape != shape or label.dtype != np.uint8:
         yield f"its label is {label.dtype} {label.shape}, the index says uint8 {shape}: shard again"
     elif label.max() >= classes:
