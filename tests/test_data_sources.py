@@ -9,7 +9,6 @@ from corpora import numbered, write, write_h5
 
 from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.sources import la_h5
 from cclmpc_dist.errors import InputError
@@ -142,6 +141,7 @@ def test_corpus_wide_problems(tmp_path):
     ]):  # fmt: skip
         with pytest.raises(InputError, match=words):
             write(tmp_path / str(number), bad, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_folder_must_be_empty(tmp_path):
@@ -152,12 +152,15 @@ def test_output_folder_must_be_empty(tmp_path):
     assert (tmp_path / "note").read_text() == "mine"
 
 
-def test_a_build_that_failed_is_no_corpus(tmp_path):
+def test_a_build_that_failed_leaves_nothing(tmp_path):
+    """Neither full shards nor the one that was open, nor folders that were made; one that was there stays."""
     bad = Case("sick", np.full((1, 2, 2, 2), np.nan, np.float32), None, (1.0,) * 3)
-    with pytest.raises(InputError):
-        write(tmp_path / "out", [*numbered(2), bad])
-    with pytest.raises(InputError, match="no corpus here"):
-        Index.open(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    for out in ("new/below/out", "mine", "mine/out"):
+        with pytest.raises(InputError):
+            write(tmp_path / out, [*numbered(5), bad])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    assert len(write(tmp_path / "mine", numbered(5)).manifest["shards"]) > 1, "full shards were written too"
 
 
 def test_phantom_is_a_function_of_seed_and_number():

@@ -11,7 +11,8 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -44,25 +45,41 @@ def write(
     classes: labels lie in [0, classes); unset is the largest label + 1, at least 2. labelled: the first N
     training cases count as labelled, unset every one that has a label; runs can choose otherwise. val_last:
     the last N cases are for reports only. A shard closes before it would exceed `shard_bytes`. Raises
-    InputError naming the case.
+    InputError naming the case; a build that fails leaves nothing.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty: remove it or choose another folder")
+    with _whole(out):
+        corpus = _Columns(classes)
+        with _Shards(out, shard_bytes) as shards:
+            for case in cases:
+                corpus.check(case)
+                stored, scale, offset = quantise(case.image)
+                members = _members(case, stored, scale, offset, compress)
+                corpus.add(case, stored, scale, offset, *shards.add(case.key, members))
+        columns = corpus.finish(labelled, val_last)
+        manifest = {
+            "version": VERSION, "format": "webdataset", "source": source, "compress": compress,
+            "cropped_by_label": corpus.cropped_by_label, "shards": shards.done,
+        }  # fmt: skip
+        return save(out, columns, manifest | summary(columns))
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[None]:
+    """Make the folder `out`, in which nothing lies, and take back what was made if the block fails."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    corpus = _Columns(classes)
-    with _Shards(out, shard_bytes) as shards:
-        for case in cases:
-            corpus.check(case)
-            stored, scale, offset = quantise(case.image)
-            members = _members(case, stored, scale, offset, compress)
-            corpus.add(case, stored, scale, offset, *shards.add(case.key, members))
-    columns = corpus.finish(labelled, val_last)
-    manifest = {
-        "version": VERSION, "format": "webdataset", "source": source, "compress": compress,
-        "cropped_by_label": corpus.cropped_by_label, "shards": shards.done,
-    }  # fmt: skip
-    return save(out, columns, manifest | summary(columns))
+    try:
+        yield
+    except BaseException:
+        for file in out.iterdir():
+            file.unlink()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -167,7 +184,6 @@ class _Shards:
         elif self._tar is not None:
             self._tar.close()
             self._file.close()
-            self._part.unlink()
 
     def add(self, key: str, members: dict[str, bytes]) -> tuple[int, dict[str, tuple[int, int]]]:
         """Write a sample. Returns its shard and each member's (offset, bytes) by the first word of its
