@@ -91,13 +91,14 @@ def test_ccl_mpc_is_exact(world: int, toy_corpus: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", SOME)
 def test_ccl_mpc_is_exact_in_every_mode(world: int, toy_corpus: Path) -> None:
     _equal_one_process(world, ALL, toy_corpus)
 
 
 def _equal_one_process(world: int, cases: list[tuple[str, str, str]], corpus: Path) -> None:
-    ranks = run_ranks(train_each, world, [_ccl_mpc(corpus, world, *case, 128) for case in cases], timeout=300)
+    ranks = run_ranks(train_each, world, [_ccl_mpc(corpus, world, *case, 128) for case in cases], timeout=800)
     for layout, keys in {case[1:] for case in cases}:
         # Nothing is overwritten in two steps: W shards hold what one bank of W times the capacity does.
         capacity = 128 * (world if layout == "sharded" else 1)

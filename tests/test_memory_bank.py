@@ -74,7 +74,7 @@ def test_more_offers_than_the_capacity_are_refused():
 
 
 def test_a_state_of_another_shape_is_refused_in_words():
-    with pytest.raises(InputError, match=r"holds \(2, 7, 3\).*the run \(2, 9, 3\): set ccl_mpc.contrast.bank"):
+    with pytest.raises(InputError, match=r"holds \[2, 7, 3\].*the run \[2, 9, 3\]: set ccl_mpc.contrast.bank"):
         MemoryBank(K, 9, F).load_state_dict(MemoryBank(K, CAPACITY, F).state_dict())
 
 

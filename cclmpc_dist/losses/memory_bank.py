@@ -50,7 +50,7 @@ class MemoryBank:
         if state["keys"].shape != self.keys.shape:
             raise InputError(
                 f"memory bank: the checkpoint holds {tuple(state['keys'].shape)} (classes, capacity, features), "
-                f"the run {tuple(self.keys.shape)}: set ccl_mpc.contrast.bank and model.embedding as they were"
+                f"the run {list(self.keys.shape)}: set ccl_mpc.contrast.bank and model.embedding as they were"
             )
         self.keys.copy_(state["keys"])
         self.count.copy_(state["count"])
