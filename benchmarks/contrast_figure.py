@@ -65,6 +65,9 @@ def plot(measured: Measured, file: Path) -> None:
                     axes[row, column].plot([p[0] for p in points], values, f"{style}o", color=colour, label=label, ms=3)
         for row, unit in enumerate(("s, forward and backward", "MiB beyond inputs and gradients")):
             axes[row, column].set(xscale="log", yscale="log", xlabel=f"{SIZES[name]} ({name})", title=unit)
+            ticks = sorted({sizes[place] for _, sizes, _ in measured})
+            axes[row, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes[row, column].minorticks_off()
     axes[0, 0].legend(fontsize=7)
     figure.savefig(file, dpi=100, metadata={"Software": None})
 

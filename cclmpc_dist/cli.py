@@ -170,7 +170,7 @@ def bench_contrast(
     keys: Annotated[int, typer.Option(min=1)] = 65536,
     features: Annotated[int, typer.Option(min=1)] = 256,
     classes: Annotated[int, typer.Option(min=2)] = 2,
-    sweep: Annotated[bool, typer.Option("--sweep", help="other sizes too, one changed at a time: 10 minutes")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="other sizes too, one changed at a time: ten minutes")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
     out: Out = None,
 ) -> None:
