@@ -290,13 +290,15 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
     contrast = config.ccl_mpc.contrast
     if world_size % (contrast.group or world_size):
         problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide the {world_size} ranks: take a "
-                        "divisor, or null for all")  # fmt: skip
+                        "divisor or null in a new run, or a multiple of it in ranks")  # fmt: skip
     offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
+    offered *= config.accumulate
+    more = ""
     if contrast.bank_layout == "sharded":
-        offered = math.ceil(offered / world_size)
+        offered, more = math.ceil(offered / world_size), ", or more ranks"
     if config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
         problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
-                        f"take at least {offered}, or 0 for none")  # fmt: skip
+                        f"take at least {offered}, or 0 for none{more}")  # fmt: skip
     return problems
 
 

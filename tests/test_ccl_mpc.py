@@ -251,7 +251,10 @@ def test_detached_originals_carry_no_gradient_and_keep_the_value(toy_corpus: Pat
     live, detached = Scene(toy_corpus), Scene(toy_corpus, keys="detached")
     values = []
     for scene in (live, detached):
+        outputs: dict[str, Tensor] = {}
+        scene.module.register_forward_hook(lambda *call, kept=outputs: kept.update(call[-1]))
         found, _ = scene.method.terms(scene.module, scene.batch, 5)
+        assert outputs["original_projection"].requires_grad == (scene is live)
         parts = [value for _, value in found["sbcl"] + found["cgcl"]]
         values.append(torch.stack([part.sum for part in parts]))
     torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
@@ -263,7 +266,7 @@ def test_detached_originals_carry_no_gradient_and_keep_the_value(toy_corpus: Pat
 @pytest.mark.parametrize(
     ("changes", "world", "sbcl", "cgcl"),
     [
-        ({}, 1, "keys (one rank, nothing travels)", "keys (one rank, nothing travels)"),
+        ({}, 1, "keys (one rank, no key travels)", "keys (one rank, no key travels)"),
         ({}, 2, "keys (auto: anchors would receive", "keys (auto: anchors would receive"),
         ({"n_negatives": 8, "n_sbcl": 2}, 2, "anchors (auto: keys would receive", "keys (auto"),
         ({"n_negatives": 8, "n_sbcl": 2, "keys": "detached"}, 2, "keys (auto: anchors", "keys (auto"),

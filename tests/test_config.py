@@ -133,6 +133,9 @@ def test_bank_must_hold_a_step(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=10)
     (line,) = check_world(config, ["labelled", "unlabelled"], 1)
     assert "ccl_mpc.contrast.bank = 10 holds less than one step's 60 offers" in line
+    config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=100, accumulate=2)
+    (line,) = check_world(config, ["labelled", "unlabelled"], 1)
+    assert "less than one step's 120 offers" in line
 
 
 def test_a_shard_of_the_bank_must_hold_a_ranks_step(tmp_path: Path) -> None:
@@ -140,14 +143,18 @@ def test_a_shard_of_the_bank_must_hold_a_ranks_step(tmp_path: Path) -> None:
         tmp_path, tmp_path, ccl_mpc__contrast__bank=30, ccl_mpc__contrast__bank_layout="sharded"
     )  # 12 images offer 60 keys a class
     assert check_world(config, ["labelled", "unlabelled"], 2) == []
-    assert "less than one step's 60" in check_world(config, ["labelled", "unlabelled"], 1)[0]
+    (line,) = check_world(config, ["labelled", "unlabelled"], 1)
+    assert "less than one step's 60 offers a class: take at least 60, or 0 for none, or more ranks" in line
 
 
 def test_a_group_must_divide_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__group=2)
     assert check_world(config, ["labelled", "unlabelled"], 6) == []
     (line,) = check_world(config, ["labelled", "unlabelled"], 3)
-    assert "ccl_mpc.contrast.group = 2 does not divide the 3 ranks: take a divisor" in line
+    assert (
+        "ccl_mpc.contrast.group = 2 does not divide the 3 ranks: take a divisor or null in a new run, or a multiple"
+        in line
+    )
 
 
 @pytest.mark.parametrize("exchange", ["auto", "naive", "keys", "anchors"])

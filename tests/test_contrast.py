@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cclmpc_dist.losses import bench, streaming
-from cclmpc_dist.losses.contrast import cgcl, merge_lse, sbcl
+from cclmpc_dist.losses.contrast import cgcl, sbcl
+from cclmpc_dist.losses.streaming import Keys
 
 TAU = 0.07
 DOUBLE = torch.float64
@@ -186,13 +187,46 @@ def test_inputs_that_do_not_fit_are_told_in_words():
         cgcl(**inputs, temperature=TAU, sharded=True, **options)
 
 
+@pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])
+def test_detached_keys_are_constants(exchange):
+    """Keys, positives among them, that are other tensors of the same values."""
+    options = {"temperature": TAU, "exchange": exchange, "tile": 3}
+    inputs = sbcl_inputs("some")
+    for name in ("anchors", "positives", "negatives"):
+        leaf = inputs[name].clone().requires_grad_()
+        out = sbcl(**inputs | {name: leaf}, detached=True, **options)
+        found = torch.autograd.grad(out.sum, leaf, allow_unused=True)[0] if out.sum.requires_grad else None
+        assert (found is None) == (name != "anchors")
+    anchors = cgcl_inputs("plain")["anchors"].requires_grad_()
+    inputs = {name: value for name, value in cgcl_inputs("plain").items() if name != "anchors"}
+    found = torch.autograd.grad(cgcl(anchors, **inputs, detached=True, **options).sum, anchors)[0]
+    expected = torch.autograd.grad(detached_cgcl(anchors, **inputs), anchors)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def detached_cgcl(anchors, anchor_valid, anchor_id, bank_keys, bank_valid):
+    """The definition of CGCL's sum with constant keys, by autograd."""
+    constant = anchors.detach()
+    keys = [(c, int(anchor_id[c, i]), constant[c, i]) for c, i in anchor_valid.nonzero().tolist()]
+    keys += [(c, None, bank_keys[c, j]) for c, j in bank_valid.nonzero().tolist()]
+    total = anchors.new_zeros(())
+    for c, i in anchor_valid.nonzero().tolist():
+        others = torch.stack([anchors[c, i] @ key / TAU for q, _, key in keys if q != c]).logsumexp(0)
+        own = [anchors[c, i] @ key / TAU for q, name, key in keys if q == c and name != int(anchor_id[c, i])]
+        if own:
+            total = total + torch.logaddexp(others - torch.stack(own), anchors.new_zeros(())).mean()
+    return total
+
+
 WIDTHS = """
 import torch
 from cclmpc_dist.losses.contrast import cgcl, sbcl
+from cclmpc_dist.losses.streaming import Keys
 options = {"temperature": 0.07, "exchange": "keys", "tile": 4}
 rows, valid = torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
 for call in (
     lambda: sbcl(rows[0], rows[0], torch.ones(5, 3), **options),
+    lambda: sbcl(rows[0], torch.ones(3, 1), rows[0], **options),
     lambda: cgcl(rows, valid, valid.long(), bank_keys=torch.ones(2, 3, 5), bank_valid=valid, **options),
 ):
     try:
@@ -207,6 +241,7 @@ def test_features_of_another_width_are_told_in_words():
     done = subprocess.run([sys.executable, "-c", WIDTHS], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "sbcl: anchors have 4 features, keys 3: use one width",
+        "sbcl: anchors have 4 features, keys 1: use one width",
         "cgcl: anchors have 4 features, keys 5: use one width",
     ]
 
@@ -227,29 +262,35 @@ def test_streaming_gradients_are_the_numerical_ones():
     base = torch.tensor([1.0, -2.0, 3.0], dtype=DOUBLE, requires_grad=True)
     ids = torch.tensor([7, 8, 9]), torch.tensor([7, 1, 2, 9, 3])
     assert torch.autograd.gradcheck(
-        lambda a, k: streaming.lse(a, k, valid, 0.5, 2, anchor_class, key_class), (anchors, keys)
+        lambda a, k: streaming.lse(a, [Keys(k, valid, key_class), Keys(k[:2])], 0.5, 2, anchor_class), (anchors, keys)
     )
     assert torch.autograd.gradcheck(
-        lambda a, b, k: streaming.positives(a, b, k, valid, 0.5, 2, *ids)[0], (anchors, base, keys)
+        lambda a, b, k: streaming.positives(a, b, [Keys(k, valid, ids[1]), Keys(k[:2])], 0.5, 2, ids[0])[0],
+        (anchors, base, keys),
     )
 
 
 def test_positives_count_all_but_invalid_and_own():
     anchors, keys = unit(2, 4), unit(4, 4, seed=1)
     valid = torch.tensor([True, True, False, True])
-    own = torch.tensor([5, 6]), torch.tensor([5, 0, 6, 1])
+    own, ids = torch.tensor([5, 6]), torch.tensor([5, 0, 6, 1])
     base = torch.zeros(2, dtype=DOUBLE)
-    assert streaming.positives(anchors, base, keys, valid, TAU, 2, *own)[1].tolist() == [2, 3]
-    assert streaming.positives(anchors, base, keys, None, TAU, 3, *own)[1].tolist() == [3, 3]
-    assert streaming.positives(anchors, base, keys, valid, TAU, 3)[1].tolist() == [3, 3]
-    assert streaming.positives(anchors, base, keys, None, TAU, 4)[1].tolist() == [4, 4]
+    for tile in (2, 3, 4):
+        for blocks, expected in (
+            ([Keys(keys, valid, ids)], [2, 3]),
+            ([Keys(keys, label=ids)], [3, 3]),
+            ([Keys(keys, valid)], [3, 3]),
+            ([Keys(keys)], [4, 4]),
+            ([Keys(keys, valid, ids), Keys(keys[:1])], [3, 4]),
+        ):
+            assert streaming.positives(anchors, base, blocks, TAU, tile, own)[1].tolist() == expected
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_lse_survives_any_range_of_logits(scale):
     anchors, keys = unit(4, 8) * scale, unit(50, 8, seed=1)
     anchors, keys = anchors.float().requires_grad_(), keys.float().requires_grad_()
-    got, expected = streaming.lse(anchors, keys, None, TAU, 7), (anchors @ keys.T / TAU).logsumexp(1)
+    got, expected = streaming.lse(anchors, [Keys(keys)], TAU, 7), (anchors @ keys.T / TAU).logsumexp(1)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
     grads = [torch.autograd.grad(x.sum(), (anchors, keys)) for x in (got, expected)]
     for ours, theirs in zip(*grads, strict=True):
@@ -258,20 +299,20 @@ def test_lse_survives_any_range_of_logits(scale):
 
 def test_lse_of_nothing():
     anchors, keys = unit(3, 4).requires_grad_(), unit(5, 4).requires_grad_()
-    nothing = streaming.lse(anchors, keys, torch.zeros(5, dtype=torch.bool), TAU, 2)
-    merged = merge_lse(torch.stack([nothing, nothing]))
-    assert (merged == -torch.inf).all()
-    total, count = streaming.positives(anchors, merged, keys, None, TAU, 2)
+    for blocks in ([Keys(keys, torch.zeros(5, dtype=torch.bool))], []):
+        nothing = streaming.lse(anchors, blocks, TAU, 2)
+        assert (nothing == -torch.inf).all()
+    total, count = streaming.positives(anchors, nothing, [Keys(keys)], TAU, 2)
     assert total.tolist() == [0, 0, 0]
     assert count.tolist() == [5, 5, 5]
     assert all((grad == 0).all() for grad in torch.autograd.grad(total.sum(), (anchors, keys)))
 
 
-def test_merged_parts_are_the_whole():
+def test_blocks_are_the_whole():
     anchors, keys = unit(3, 4).requires_grad_(), unit(6, 4, seed=1).requires_grad_()
     valid = torch.tensor([False, False, True, True, True, True])
-    parts = [streaming.lse(anchors, keys[at], valid[at], TAU, 2) for at in (slice(0, 2), slice(2, 3), slice(3, 6))]
-    got, expected = merge_lse(torch.stack(parts)), (anchors @ keys[2:].T / TAU).logsumexp(1)
+    blocks = [Keys(keys[at], valid[at]) for at in (slice(0, 2), slice(2, 3), slice(3, 6))]
+    got, expected = streaming.lse(anchors, blocks, TAU, 2), (anchors @ keys[2:].T / TAU).logsumexp(1)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad((x**2).sum(), (anchors, keys)) for x in (got, expected)]
     for ours, theirs in zip(*grads, strict=True):
@@ -285,7 +326,7 @@ def test_autocast_changes_nothing(exchange):
     with torch.autocast("cpu", torch.bfloat16):
         under = graded(cgcl, inputs, "anchors", exchange=exchange, tile=3)
     assert under[0].dtype == torch.float32
-    if exchange == "keys":  # plain autograd in backward follows the caller's autocast
+    if exchange != "naive":  # plain autograd in backward follows the caller's autocast
         torch.testing.assert_close(under, plain, rtol=0, atol=0)
     half = graded(cgcl, {**inputs, "anchors": inputs["anchors"].bfloat16()}, "anchors", exchange=exchange, tile=3)
     assert half[0].dtype == torch.float32
@@ -305,18 +346,17 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_streaming_never_holds_all_logits():
+@pytest.mark.parametrize("exchange", ["keys", "anchors"])
+@pytest.mark.parametrize("case", ["sbcl", "cgcl"])
+def test_streaming_never_holds_all_logits(case, exchange):
     n, m, features, tile = 64, 640, 4, 16
-    inputs = {"anchors": unit(n, features), "positives": unit(n, features, seed=1), "negatives": unit(m, features)}
-    peaks = {}
-    for exchange in ("naive", "keys"):
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        with Largest() as largest:
-            out = sbcl(**leaves, temperature=TAU, exchange=exchange, tile=tile)
-            torch.autograd.grad(out.sum, list(leaves.values()))
-        peaks[exchange] = largest.elements
-    assert peaks["naive"] == n * m
-    assert peaks["keys"] <= max(n * tile, m * features)
+    inputs = bench._inputs(case, n, m, features, 2)
+    with Largest() as largest:
+        bench._step(case, exchange, tile, inputs)
+    assert largest.elements <= max(n * tile, m * features)
+    with Largest() as largest:
+        bench._step(case, "naive", tile, inputs)
+    assert largest.elements >= 0.9 * n * m
 
 
 @pytest.mark.parametrize("exchange", ["naive", "keys", "anchors"])

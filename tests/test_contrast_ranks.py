@@ -1,5 +1,6 @@
 """SBCL and CGCL on W ranks against one process on everything, in float64: value 1e-10, gradient 1e-8 by norm."""
 
+import weakref
 from collections import Counter
 from itertools import product
 from typing import Any
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cclmpc_dist.distributed import exchange as ranks_room
 from cclmpc_dist.distributed.exchange import all_reduce_sum, own_group
 from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import cgcl, sbcl
+from cclmpc_dist.losses.memory_bank import gather_offers
 
 TAU, TILE = 0.07, 3
 K, N, M, SLOTS, INPUT, F = 3, 4, 5, 6, 6, 4
@@ -49,17 +52,19 @@ def everything(world: int, kind: str) -> dict[str, Tensor]:
 
 
 def losses(data: dict[str, Tensor], weights: Tensor, **options: Any) -> dict[str, Any]:
-    """SBCL of class 0's cells towards class 1's, and CGCL, of one process's inputs."""
+    """SBCL of class 0's cells towards class 1's, and CGCL, or `only` one of them, of one process's inputs."""
     anchors = normalize(data["cells"] @ weights, dim=-1)
-    sharded = options.pop("sharded")
+    sharded, only = options.pop("sharded"), options.pop("only", None)
     known = {name: data[name] for name in ("anchor_class", "negative_class")}
     negatives = normalize(data["negatives"] @ weights, dim=-1)
     bank = {"bank_keys": data["bank"], "bank_valid": data["bank_valid"], "sharded": sharded}
     options |= {"temperature": TAU, "tile": TILE}
-    return {
-        "sbcl": sbcl(anchors[0], anchors[1], negatives, **known, **options),
-        "cgcl": cgcl(anchors, data["valid"], data["ids"], **bank, **options),
-    }
+    found = {}
+    if only != "cgcl":
+        found["sbcl"] = sbcl(anchors[0], anchors[1], negatives, **known, **options)
+    if only != "sbcl":
+        found["cgcl"] = cgcl(anchors, data["valid"], data["ids"], **bank, **options)
+    return found
 
 
 def concatenated(data: dict[str, Tensor], members: range, layout: str) -> dict[str, Tensor]:
@@ -123,7 +128,7 @@ def test_ranks_equal_one_process(world: int, size: int) -> None:
                 assert gradient.norm() > 0, case
 
 
-# Bytes on the wire -------------------------------------------------------------------------------------------------
+# What it costs -----------------------------------------------------------------------------------------------------
 
 
 def received(rank: int, world: int) -> dict[str, int]:
@@ -150,13 +155,15 @@ def received(rank: int, world: int) -> dict[str, int]:
     mine = {name: value[rank] for name, value in data.items() if name != "weights"}
     for how, layout in WAYS:
         for live in (True, False):
-            options = {"exchange": how, "detached": not live, "sharded": layout == "sharded"}
             for name in ("sbcl", "cgcl"):
-                weights = data["weights"].clone().requires_grad_()
-                counting = f"both {name} {how} {layout} {live}"
-                terms = losses(mine, weights, **options)
+                options = {"exchange": how, "detached": not live, "sharded": layout == "sharded"}
                 counting = f"{name} {how} {layout} {live}"
-                torch.autograd.grad(terms[name].sum, weights)
+                weights = data["weights"].clone().requires_grad_()
+                term = losses(mine, weights, only=name, **options)[name]
+                torch.autograd.grad(term.sum, weights)
+    counting = "bank"
+    offers = torch.zeros(2, K, 5, F)
+    gather_offers(offers, torch.ones(offers.shape[:3], dtype=torch.bool))
     return dict(seen)
 
 
@@ -164,13 +171,68 @@ def received(rank: int, world: int) -> dict[str, int]:
 def test_bytes_on_the_wire_are_those_of_the_formulas(world: int) -> None:
     for seen in run_ranks(received, world):
         for (how, layout), live in product(WAYS, (True, False)):
-            known = {"live": live}
-            expected = {
-                "sbcl": costs.sbcl(how, N, M, F, world, classes=True, **known).received,
-                "cgcl": costs.cgcl(how, N, K, F, world, stored=SLOTS, sharded=layout == "sharded", **known).received,
-            }
-            case = f"{how} {layout} {live}"
-            forward = {name: seen[f"both {name} {case}"] for name in expected}
-            assert forward["sbcl"] == forward["cgcl"]  # the forward of both terms, counted twice
-            backward = sum(seen.get(f"{name} {case}", 0) for name in expected)
-            assert forward["sbcl"] + backward == sum(expected.values()), case
+            sbcl_cost = costs.sbcl(how, N, M, F, world, classes=True, live=live)
+            cgcl_cost = costs.cgcl(how, N, K, F, world, stored=SLOTS, sharded=layout == "sharded", live=live)
+            assert seen[f"sbcl {how} {layout} {live}"] == sbcl_cost.received
+            assert seen[f"cgcl {how} {layout} {live}"] == cgcl_cost.received
+        assert seen["bank"] == costs.bank(2, K, 5, F, world).received
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and not hasattr(x.untyped_storage(), "seen"):
+                storage = x.untyped_storage()
+                storage.seen = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+WIDE = {"n": 128, "m": 256, "f": 512, "tile": 16}  # anchors and keys outweigh the logits
+
+
+def held(rank: int, world: int) -> dict[str, tuple[int, int]]:
+    """Peak bytes beyond inputs and their gradients, and what the formula says."""
+    n, m, f, tile = WIDE.values()
+    generator = torch.Generator().manual_seed(rank)
+
+    def leaf(*shape: int) -> Tensor:
+        return normalize(torch.randn(*shape, generator=generator), dim=-1).requires_grad_()
+
+    found = {}
+    for how, live, classes in product(("keys", "anchors"), (True, False), (1, 2, 8)):
+        options = {"temperature": TAU, "tile": tile, "exchange": how, "detached": not live}
+        if classes == 1:
+            leaves = [leaf(n, f), leaf(n, f), leaf(m, f)]
+            predicted = costs.sbcl(how, n, m, f, world, tile=tile, live=live).held
+        else:
+            leaves = [leaf(classes, n // classes, f)]
+            valid = torch.ones(classes, n // classes, dtype=torch.bool)
+            options |= {"anchor_valid": valid, "anchor_id": torch.arange(n).view_as(valid) + n * rank}
+            options |= {"bank_keys": None, "bank_valid": None}
+            predicted = costs.cgcl(how, n // classes, classes, f, world, tile=tile, live=live).held
+        with Alive() as alive:
+            term = (sbcl if classes == 1 else cgcl)(*leaves, **options)
+            gradients = torch.autograd.grad(term.sum, leaves, allow_unused=True)
+        mine = sum(x.nbytes for x in gradients if x is not None)
+        found[f"{how}, live {live}, {classes} classes"] = alive.peak - mine, predicted
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_memory_is_about_that_of_the_formulas(world: int) -> None:
+    for rank in [held(0, 1)] if world == 1 else run_ranks(held, world):
+        for case, (measured, predicted) in rank.items():
+            assert measured == pytest.approx(predicted, rel=0.25), case

@@ -72,6 +72,13 @@ def _ccl_mpc(corpus: Path, world: int, exchange: str, layout: str, keys: str, ba
     return _settings(corpus, ccl_mpc__contrast=contrast, data__batch_labelled=world, data__batch_unlabelled=2 * world)
 
 
+def _corner(corpus: Path, world: int, **changes: Any) -> dict[str, Any]:
+    contrast = {"n_sbcl": 8, "n_negatives": 8, "n_cgcl": 8, "bank": 128, "bank_offer": 4}
+    own = {name: changes.pop(name) for name in ("gamma_start", "gamma_end") if name in changes}
+    batches = {"data__batch_labelled": world, "data__batch_unlabelled": world}
+    return _settings(corpus, ccl_mpc=own | {"contrast": contrast | changes}, **batches)
+
+
 def train_each(rank: int, world: int, settings: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     return [train_float64(rank, world, raw) for raw in settings]
 
@@ -111,6 +118,35 @@ def _equal_one_process(world: int, cases: list[tuple[str, str, str]], corpus: Pa
                     _compare(one, rank[number], f"{case}")
                 if layout == "sharded":
                     assert torch.equal(sum(rank[number]["bank.count"] for rank in ranks), one["bank.count"])
+
+
+def test_ccl_mpc_is_exact_without_bank_and_without_certain_pixels(toy_corpus: Path) -> None:
+    corners = [
+        _corner(toy_corpus, 3, bank=0, negatives="all"),
+        _corner(toy_corpus, 3, exchange="anchors", gamma_start=0.0, gamma_end=0.0),
+    ]
+    ranks = run_ranks(train_each, 3, corners, timeout=200)
+    for number, raw in enumerate(corners):
+        one = train_float64(0, 1, raw)
+        for rank in ranks:
+            _compare(one, rank[number], f"corner {number}")
+    assert one["1.train/certain_fraction"] == 0
+    assert one["1.loss/cp"] == 0
+
+
+def test_groups_of_ranks_share_keys(toy_corpus: Path) -> None:
+    """Every exchange the same numbers, and others than without groups; each group's terms by themselves are tested
+    in test_contrast_ranks.py."""
+    ways = ("naive", "keys", "anchors")
+    settings = [_corner(toy_corpus, 4, exchange=way, group=2, negatives="other_class") for way in ways]
+    ranks = run_ranks(train_each, 4, settings, timeout=200)
+    alone = train_float64(0, 1, _corner(toy_corpus, 4, negatives="other_class"))
+    for rank in ranks:
+        for number, way in enumerate(ways):
+            _compare(ranks[0][0], rank[number], f"group of 2, {way}")
+        for name in ("0.loss/sbcl", "0.loss/cgcl"):
+            assert abs(rank[1][name] - alone[name]) > 1e-3 * alone[name]
+        assert abs(rank[1]["0.loss/sup"] - alone["0.loss/sup"]) < 1e-10
 
 
 def test_supervised_is_exact(toy_corpus: Path) -> None:

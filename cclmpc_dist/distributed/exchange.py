@@ -43,12 +43,7 @@ def own_group(size: int | None) -> Group:
         return None
     size = size or world
     assert world % size == 0, "config.check_world has made sure"
-    mine = None
-    for first in range(0, world, size):  # every rank takes part in making every group
-        group = dist.new_group(list(range(first, first + size)), timeout=COLLECTIVE_TIMEOUT)
-        if first <= group_rank() < first + size:
-            mine = group
-    return mine
+    return dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)[0]
 
 
 def finite(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from cclmpc_dist.distributed import exchange as ranks
 from cclmpc_dist.distributed.exchange import Group, gather, gather_detached, own_part, scatter_sum
 from cclmpc_dist.losses import streaming
-from cclmpc_dist.losses.streaming import at_least_float32, full_precision, same_class, softplus
+from cclmpc_dist.losses.streaming import Keys, at_least_float32, full_precision, same_label, softplus
 from cclmpc_dist.losses.terms import Additive
 
 Exchange = Literal["naive", "keys", "anchors"]
@@ -49,7 +49,7 @@ def sbcl(
     """
     if (anchor_class is None) != (negative_class is None):
         raise ValueError("sbcl: give the classes of anchors and negatives, or of neither")
-    _check("sbcl", temperature, anchors, negatives)
+    _check("sbcl", temperature, anchors, positives, negatives)
     with full_precision(anchors):
         a_NF, b_NF, keys_MF = (at_least_float32(x) for x in (anchors, positives, negatives))
         if detached:
@@ -62,7 +62,8 @@ def sbcl(
             if exchange == "naive":
                 lse_N = _sbcl_naive(a_NF, keys_MF, temperature, anchor_class, key_class)
             else:
-                lse_N = streaming.lse(a_NF, keys_MF, None, temperature, tile, anchor_class, key_class)
+                blocks = [Keys(keys_MF, label=key_class)]
+                lse_N = streaming.lse(a_NF, blocks, temperature, tile, anchor_class)
         loss_N = softplus(lse_N - (a_NF * b_NF).sum(1) / temperature)
     return Additive(loss_N.sum(), loss_N.new_full((), len(loss_N)))
 
@@ -113,18 +114,21 @@ def cgcl(
                 _class_first(gather_detached(anchor_valid.T, group)).contiguous(),
                 _class_first(gather_detached(anchor_id.T, group)).contiguous(),
             )
-            meet = _cgcl_naive if exchange == "naive" else _cgcl_streamed
-            sum_KN, count_KN = meet(v_KNF, anchor_id, live, bank, temperature, tile)
+            if exchange == "naive":
+                sum_KN, count_KN = _cgcl_naive(v_KNF, anchor_id, live, bank, temperature)
+            else:
+                sum_KN, count_KN = _cgcl_streamed(v_KNF, anchor_id, live, bank, temperature, tile)
         counts_KN = anchor_valid & (count_KN > 0)
         loss_KN = torch.where(counts_KN, sum_KN / count_KN.clamp(min=1), 0.0)
     return Additive(loss_KN.sum(), counts_KN.sum().to(loss_KN.dtype))
 
 
-def _check(term: str, temperature: float, anchors: Tensor, keys: Tensor | None) -> None:
+def _check(term: str, temperature: float, anchors: Tensor, *others: Tensor | None) -> None:
     if not temperature > 0:
         raise ValueError(f"{term}: temperature {temperature} is not positive: take 0.07 or so")
-    if keys is not None and keys.shape[-1] != anchors.shape[-1]:
-        raise ValueError(f"{term}: anchors have {anchors.shape[-1]} features, keys {keys.shape[-1]}: use one width")
+    for keys in others:
+        if keys is not None and keys.shape[-1] != anchors.shape[-1]:
+            raise ValueError(f"{term}: anchors have {anchors.shape[-1]} features, keys {keys.shape[-1]}: use one width")
 
 
 def _gather_keys(keys: Tensor, detached: bool, group: Group) -> Tensor:
@@ -172,30 +176,24 @@ def _cgcl_streamed(
 
     `merge` makes the denominators over the keys here those over all ranks' keys.
     """
-    pairs = list(zip(*live[:2], strict=True))
-    stored = [] if bank is None else list(zip(*bank, strict=True))
+    classes = range(len(v_KNF))
+    keys = [[Keys(*block)] for block in zip(*live, strict=True)]
+    if bank is not None:
+        for blocks, block in zip(keys, zip(*bank, strict=True), strict=True):
+            blocks.append(Keys(*block))
     lses = []
-    for c, v_NF in enumerate(v_KNF.unbind()):
-        others = [pair for keys in (pairs, stored) for pair in keys[:c] + keys[c + 1 :]]
-        parts = [streaming.lse(v_NF, keys_MF, valid_M, temperature, tile) for keys_MF, valid_M in others]
-        lses.append(merge_lse(torch.stack(parts)))
+    for c in classes:
+        others = [block._replace(label=None) for q in classes if q != c for block in keys[q]]
+        lses.append(streaming.lse(v_KNF[c], others, temperature, tile))
     lse_KN = torch.stack(lses)
     if merge is not None:
         lse_KN = merge(lse_KN)
-    sums, counts = [], []
-    for c, (v_NF, lse_N) in enumerate(zip(v_KNF.unbind(), lse_KN.unbind(), strict=True)):
-        total, count = streaming.positives(v_NF, lse_N, *pairs[c], temperature, tile, own_KN[c], live[2][c])
-        if stored:
-            more, more_count = streaming.positives(v_NF, lse_N, *stored[c], temperature, tile)
-            total, count = total + more, count + more_count
-        sums.append(total)
-        counts.append(count)
+    near = [streaming.positives(v_KNF[c], lse_KN[c], keys[c], temperature, tile, own_KN[c]) for c in classes]
+    sums, counts = zip(*near, strict=True)
     return torch.stack(sums), torch.stack(counts)
 
 
-def _cgcl_naive(
-    v_KNF: Tensor, own_KN: Tensor, live: Live, bank: Bank, temperature: float, _: int
-) -> tuple[Tensor, Tensor]:
+def _cgcl_naive(v_KNF: Tensor, own_KN: Tensor, live: Live, bank: Bank, temperature: float) -> tuple[Tensor, Tensor]:
     """The same from one logits matrix of all anchors and all keys."""
     keys_KMF, valid_KM, id_KM = live
     if bank is not None:
@@ -224,7 +222,7 @@ def _sbcl_anchors(
     every_NF = gather(a_NF, group)
     if anchor_class is not None:
         anchor_class = gather_detached(anchor_class, group)
-    part_N = streaming.lse(every_NF, keys_MF, None, temperature, tile, anchor_class, key_class)
+    part_N = streaming.lse(every_NF, [Keys(keys_MF, label=key_class)], temperature, tile, anchor_class)
     return own_part(ranks.merge_lse(part_N, group), group)
 
 
@@ -234,7 +232,7 @@ def _sbcl_naive(
     logits_NM = a_NF @ keys_MF.T / temperature
     if anchor_class is None or key_class is None:
         return logits_NM.logsumexp(1)
-    return _lse_naive(logits_NM, ~same_class(anchor_class, key_class))
+    return _lse_naive(logits_NM, ~same_label(anchor_class, key_class))
 
 
 def _lse_naive(logits_NM: Tensor, keep_NM: Tensor) -> Tensor:
@@ -242,9 +240,3 @@ def _lse_naive(logits_NM: Tensor, keep_NM: Tensor) -> Tensor:
     some_N = keep_NM.any(1)
     lse_N = logits_NM.masked_fill(~keep_NM & some_N[:, None], -torch.inf).logsumexp(1)
     return lse_N.masked_fill(~some_N, -torch.inf)
-
-
-def merge_lse(parts_PN: Float[Tensor, "P N"]) -> Float[Tensor, " N"]:
-    """logsumexp of partial LSEs, -inf with gradient 0 (torch's own has NaN) where all parts are -inf."""
-    empty_N = (parts_PN == -torch.inf).all(0)
-    return torch.where(empty_N, 0.0, parts_PN).logsumexp(0).masked_fill(empty_N, -torch.inf)

@@ -93,12 +93,20 @@ def _flops(exchange: Exchange, features: int, pairs: int, detached: int) -> int:
 
 
 def _held(term: str, exchange: Exchange, n: int, m: int, banked: int, f: int, g: int, tile: int, live: bool) -> int:
-    """n anchors and m keys a rank, banked keys on it; the streamed forms hold a tile's logits, CGCL's twice."""
-    travels, buffers = g > 1, 1 + (term == "cgcl")
-    if exchange == "anchors":
-        rows = g * n
-        return FLOAT * ((3 + travels) * rows * f + buffers * min(LOGITS, rows * min(tile, max(m, banked))))
-    gathered = travels * (1 + live) * g * m * f
+    """n anchors and m keys a rank, banked keys on it. How often anchors and gathered keys are there at the peak,
+    copies, averages and gradients among them, is counted (tests/test_contrast_ranks.py holds it to a quarter)."""
     if exchange == "naive":
-        return FLOAT * (gathered + NAIVE_COPIES[term] * n * (g * m + banked))
-    return FLOAT * (gathered + 3 * n * f + buffers * min(LOGITS, n * min(tile, max(g * m, banked))))
+        return FLOAT * ((g > 1) * (1 + live) * g * m * f + NAIVE_COPIES[term] * n * (g * m + banked))
+    if exchange == "anchors":
+        rows, width = g * n, max(m, banked)
+        times = 5.5 if live else 4.2 if term == "sbcl" or g == 1 else 5.3
+        features = times * rows * f
+    else:
+        rows, width = n, max(g * m, banked)
+        own, gathered = n * f, (g > 1) * g * m * f
+        if term == "sbcl":
+            features = max(2 * gathered + 2 * own, gathered + 6 * own) if live else gathered + 5 * own
+        else:
+            features = 3 * g * m * f + 2 * own if live else gathered + 4.5 * own
+    buffers = 1 + (term == "cgcl")
+    return int(FLOAT * (features + buffers * min(LOGITS, rows * min(tile, width))))

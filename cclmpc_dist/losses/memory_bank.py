@@ -8,7 +8,7 @@ DDP buffer. K classes, F features, B images, k offers of an image and class.
 import torch
 from torch import Tensor
 
-from cclmpc_dist.distributed.exchange import Group, gather_detached
+from cclmpc_dist.distributed.exchange import gather_detached
 from cclmpc_dist.errors import InputError
 
 
@@ -49,7 +49,7 @@ class MemoryBank:
         """Raises InputError where the state is of a bank of another shape."""
         if state["keys"].shape != self.keys.shape:
             raise InputError(
-                f"memory bank: the checkpoint holds {tuple(state['keys'].shape)} (classes, capacity, features), "
+                f"memory bank: the checkpoint holds {list(state['keys'].shape)} (classes, capacity, features), "
                 f"the run {list(self.keys.shape)}: set ccl_mpc.contrast.bank and model.embedding as they were"
             )
         self.keys.copy_(state["keys"])
@@ -61,35 +61,31 @@ class MemoryBank:
 
         The keys go round the ranks from the newest on, so that the oldest are dropped where there is no room.
         """
-        self.count.zero_()
-        self.pointer.zero_()
         dropped = 0
         for c in range(len(self.count)):
-            queues = [_newest_first(state, c) for state in states]
-            longest = max(len(queue) for queue in queues)
-            keys = [queue[age] for age in range(longest) for queue in queues if age < len(queue)]
-            mine = keys[rank::world][: self.capacity][::-1]
-            dropped += max(0, len(keys) - world * self.capacity)
-            if mine:
-                self._rows[c, : len(mine)] = torch.stack(mine).to(self._rows)
-            self.count[c], self.pointer[c] = len(mine), len(mine) % self.capacity
+            ages = [(age, source) for source, state in enumerate(states) for age in range(int(state["count"][c]))]
+            mine = sorted(ages)[rank::world][: self.capacity][::-1]
+            keys = [_by_age(states[source], c, age) for age, source in mine]
+            if keys:
+                self._rows[c, : len(keys)] = torch.stack(keys).to(self._rows)
+            self.count[c], self.pointer[c] = len(keys), len(keys) % self.capacity
+            dropped += max(0, len(ages) - world * self.capacity)
         return dropped
 
 
-def _newest_first(state: dict[str, Tensor], c: int) -> Tensor:
-    """(count, F) real keys of class c."""
-    age = torch.arange(int(state["count"][c]))
-    return state["keys"][c, (state["pointer"][c] - 1 - age) % state["keys"].shape[1]]
+def _by_age(state: dict[str, Tensor], c: int, age: int) -> Tensor:
+    """(F,) key of class c, 0 the newest."""
+    return state["keys"][c, (int(state["pointer"][c]) - 1 - age) % state["keys"].shape[1]]
 
 
-def gather_offers(offers_BKkF: Tensor, valid_BKk: Tensor, group: Group = None) -> tuple[Tensor, Tensor]:
+def gather_offers(offers_BKkF: Tensor, valid_BKk: Tensor) -> tuple[Tensor, Tensor]:
     """All ranks' offers of one stream, image after image in lane order: (K, W·B·k, F) and their (K, W·B·k)
     validity.
 
     One call a stream, joined along dim 1: with two streams in one call the order would depend on the world
     size.
     """
-    return by_class(gather_detached(offers_BKkF, group), gather_detached(valid_BKk, group))
+    return by_class(gather_detached(offers_BKkF), gather_detached(valid_BKk))
 
 
 def by_class(offers_BKkF: Tensor, valid_BKk: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def _choice(term: str, config: Config, ranks: int, found: dict[Exchange, Cost]) 
     elif term == "cgcl" and settings.bank and settings.bank_layout == "sharded":
         how, why = "anchors", "the bank is sharded"
     elif ranks == 1:
-        how, why = "keys", "one rank, nothing travels"
+        how, why = "keys", "one rank, no key travels"
     else:
         how = costs.choose(found["keys"], found["anchors"])
         other: Exchange = "keys" if how == "anchors" else "anchors"
