@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow test-cluster lint clean
 
 setup: .venv/installed
 
@@ -24,6 +24,11 @@ test: setup
 # Every combination that `test` samples.
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
+
+# The tests that need real daemons: installs Slurm where it may, brings it up on the loopback, takes it down.
+test-cluster: setup
+	bash tests/slurm_install.sh
+	$(BIN)/python -m pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff check .

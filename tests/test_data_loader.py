@@ -248,6 +248,14 @@ def test_workers_end_with_a_killed_main_process(corpus, tmp_path):
     pytest.fail("the worker outlived its main process")
 
 
+def test_an_error_in_the_main_process_ends_it(corpus, tmp_path):
+    """Its workers answer the SIGTERM that it sends before it waits for them."""
+    (tmp_path / "failed.py").write_text(f"{KILLED}    raise ValueError\n")
+    command = [sys.executable, tmp_path / "failed.py", corpus.path]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, timeout=60, check=False).returncode == 1
+
+
 def damaged(tmp_path, rows, count=6):
     index = write(tmp_path / "out", numbered(count))
     for row in rows:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+import yaml
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.losses.terms import Additive, Ratio
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
+from cclmpc_dist.training import preemption
 from cclmpc_dist.training.checkpoint import complete_steps, read_state
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.objective import objective
@@ -235,6 +237,32 @@ def _times(index: Index, row: int, batch: int, microbatches: int, seed: int) -> 
     samples = select(index, None)["unlabelled"]
     order = Order(samples, index["shard"][samples], batch, seed, "unlabelled", 16, index.identity)
     return sum((order.batch(step, range(batch))[0] == row).sum() for step in range(microbatches))
+
+
+def test_a_grace_period_shorter_than_two_saves_is_warned_of(
+    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first save, and at the start of a run that goes on; not where it suffices."""
+    raw = toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=48, checkpoint__every_steps=1)
+    configuration = str(tmp_path / "c.yaml")
+    Path(configuration).write_text(yaml.safe_dump(raw))
+    monkeypatch.setenv("CCLMPC_GRACE_SECONDS", "0.000001")
+    said = toy.run(1, "train", configuration)
+    assert said.count("warning: 1e-06 s of grace are too few: a save takes") == 1
+    lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["perf/save_seconds"] > 0
+    said = toy.run(1, "train", configuration)
+    assert "warning: 1e-06 s of grace" in said
+    assert "nothing to do" in said
+    monkeypatch.setenv("CCLMPC_GRACE_SECONDS", "3600")
+    assert "warning" not in toy.run(1, "train", configuration)
+
+
+def test_a_grace_period_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preemption.grace() is None
+    monkeypatch.setenv("CCLMPC_GRACE_SECONDS", "soon")
+    with pytest.raises(InputError, match="CCLMPC_GRACE_SECONDS = 'soon': give seconds"):
+        preemption.grace()
 
 
 @pytest.mark.gpu

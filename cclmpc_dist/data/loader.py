@@ -236,18 +236,25 @@ def _context() -> Any:
 def _end_with_parent(worker: int) -> None:
     """Let a worker end when the main process does, killed or not: torch's own watch sees only the fork server.
 
-    SIGTERM and SIGINT, which a cluster sends to all processes of a job, are the main process's to answer.
+    SIGTERM and SIGINT, which a cluster sends to every process, are the main process's to answer. A worker obeys
+    only that process, which sends SIGTERM when it ends with an error, and then waits for its workers.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     parent = multiprocessing.parent_process()
     assert parent is not None
+
+    def obey() -> None:
+        while signal.sigwaitinfo(signals).si_pid != parent.pid:
+            pass
+        os._exit(1)
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    for target in (obey, watch):
+        threading.Thread(target=target, daemon=True).start()
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

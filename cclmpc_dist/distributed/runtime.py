@@ -30,9 +30,10 @@ def start(precision: str) -> Accelerator:
 
     DDP sends no buffers around (each rank keeps its own norm statistics) and searches unused parameters: without that
     search its bucket rebuild breaks bit-identical resume at three ranks and more.
-    Raises InputError where launcher and process group disagree, or fp16 meets a CPU.
+    Raises InputError where launcher and process group disagree, torchrun could not restart, or fp16 meets a CPU.
     """
     expected = _launched_world_size()
+    _check_restarts()
     on_cpu = not torch.cuda.is_available()
     if on_cpu and precision == "fp16":
         raise InputError("precision = fp16 needs a GPU: take bf16 or fp32")
@@ -78,6 +79,17 @@ def _launched_world_size() -> int:
             "for one process unset MASTER_ADDR"
         )
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_restarts() -> None:
+    """torchrun's agent keeps one store over all restarts, and ranks started again find the addresses of the dead in it:
+    they fail or hang (pytorch#135712, seen in torch 2.13)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise InputError(
+            f"torchrun --max-restarts {restarts} cannot start ranks again with the store it shares with them: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it"
+        )
 
 
 def stop() -> None:

@@ -36,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, rank: int, world_size: int, keep: int) -> None:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
+        self.seconds: float | None = None  # rank 0: what the last save took, the copy and every rank's files
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -54,9 +55,10 @@ class Checkpoints:
         Returns once every tensor is copied to host memory. Raises InputError if an earlier save failed.
         """
         self.wait()
+        began = time.monotonic()
         copies = {name: _to_host(group) for name, group in groups.items()} if self.rank == 0 else {}
         copies[_rank_file(self.rank)] = _to_host(mine)
-        self._thread = threading.Thread(target=self._write, args=(step, copies, state, best), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state, best, began), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -73,22 +75,23 @@ class Checkpoints:
                 "make room or rights there and start again; the checkpoints before it are whole"
             ) from error
 
-    def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any], best: int | None) -> None:
+    def _write(
+        self, step: int, files: dict[str, Tensors], state: dict[str, Any], best: int | None, began: float
+    ) -> None:
         temporary = self.folder / f"{_name(step)}.tmp"
         try:
             temporary.mkdir(exist_ok=True)
             for name, tensors in files.items():
                 _save_whole(tensors, temporary / f"{name}.safetensors")
             if self.rank == 0:
-                self._commit(step, temporary, state)
+                self._commit(step, temporary, state, began)
                 self._prune({step, best})
         except Exception as error:  # carried over to the main thread, which raises it in wait()
             self._error = error
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _commit(self, step: int, temporary: Path, state: dict[str, Any]) -> None:
-        _write_json(temporary / "state.json", state | {"version": VERSION, "step": step, "world_size": self.world_size})
+    def _commit(self, step: int, temporary: Path, state: dict[str, Any], began: float) -> None:
         expected = [temporary / f"{_rank_file(rank)}.safetensors" for rank in range(self.world_size)]
         deadline = time.monotonic() + RANKS_TIMEOUT
         while not all(file.exists() for file in expected):
@@ -96,6 +99,10 @@ class Checkpoints:
                 raise TimeoutError(f"{[file.name for file in expected if not file.exists()]} did not appear")
             time.sleep(0.02)
         manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        self.seconds = time.monotonic() - began
+        head = {"version": VERSION, "step": step, "world_size": self.world_size, "save_seconds": self.seconds}
+        _write_json(temporary / "state.json", state | head)
+        manifest["state.json"] = _digest(temporary / "state.json")
         _write_json(temporary / "manifest.json", manifest)
         _sync_folder(temporary)
         temporary.rename(self.folder / _name(step))

@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+from cclmpc_dist.errors import InputError
+
 _received: list[int] = []
 
 
@@ -42,3 +44,15 @@ def answer(folder: Path, step: int) -> None:
 def clear(folder: Path) -> None:
     """Rank 0, at the start: the run goes on."""
     (folder / "preempted").unlink(missing_ok=True)
+
+
+def grace() -> float | None:
+    """Seconds from a request to the kill, where the launcher says them in CCLMPC_GRACE_SECONDS.
+
+    Raises InputError where that is not a number.
+    """
+    told = os.environ.get("CCLMPC_GRACE_SECONDS", "")
+    try:
+        return float(told) if told else None
+    except ValueError:
+        raise InputError(f"CCLMPC_GRACE_SECONDS = {told!r}: give seconds, or unset it") from None

@@ -68,7 +68,7 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
     for name, stream in trainer.streams.items():
         trainer.positions[name] = stream.order.position(state["streams"][name])
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
-    trainer.best = state["best"]
+    trainer.best, trainer.checkpoints.seconds = state["best"], state.get("save_seconds")
     modules = _modules(trainer)
     for name, module in modules.items():
         module.load_state_dict(checkpoint.read_group(folder, step, name))

@@ -65,7 +65,7 @@ class Trainer:
         )
         self.best: dict[str, float] = {}  # Dice and step of the best validation so far
         self.saved, self.saved_at = 0, time.monotonic()
-        self.preempted = False
+        self.preempted, self.grace = False, preemption.grace()
         self.monitor = Monitor(config.folder, config.name, self.total, active=self.rank == 0)
 
     # ---- start --------------------------------------------------------------------------------------------------
@@ -139,6 +139,17 @@ class Trainer:
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
         for line in self.method.notes():
             say(line)
+        self._check_grace()
+
+    def _check_grace(self) -> None:
+        """Warn, once, of a grace period too short for two saves: one may be under way when the request comes. What a
+        save takes is known from the checkpoint that the run goes on from, else from its first."""
+        seconds = self.checkpoints.seconds
+        if seconds is None or self.grace is None or self.grace >= 2 * seconds:
+            return
+        self.monitor.say(f"warning: {self.grace:g} s of grace are too few: a save takes {seconds:.1f} s, and one may "
+                         f"be under way: give it {math.ceil(2 * seconds)} s and a step's time")  # fmt: skip
+        self.grace = None
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -266,6 +277,9 @@ class Trainer:
             self.monitor.say(f"{values['data/skipped']:.0f} unreadable samples were replaced since the last line")
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
         values |= window.performance(self._images) | {"perf/memory_mib": memory_mib(self.device)}
+        if self.checkpoints.seconds is not None:
+            values["perf/save_seconds"] = self.checkpoints.seconds
+            self._check_grace()
         for name in self._phase.streams:
             values[f"data/{name}_epoch"] = self.positions[name] / self.streams[name].order.steps
         self.monitor.scalars(self.done, values)

@@ -1,0 +1,211 @@
+"""slurm/train_la.sh on a real Slurm: whatever ends it, it comes back and ends with the same bits."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import slurm_cluster
+import toy
+import yaml
+from slurm_cluster import Cluster, until
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "slurm/train_la.sh"
+LAST = "checkpoints/step-000000020"
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if lacking := slurm_cluster.missing():
+        pytest.skip(lacking)
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def straight(slurm: Cluster, toy_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every tensor of the last checkpoint of a run that nothing interrupted."""
+    run = Run(slurm, toy_corpus, tmp_path_factory.mktemp("straight"))
+    job = run.cluster.wait_for(run.submit(), "COMPLETED", "FAILED", "NODE_FAIL")
+    assert job["JobState"] == "COMPLETED", run.said()
+    assert job["Restarts"] == "0"
+    assert "on 2 process(es)" in run.said()
+    return toy.tensors(run.folder / LAST)
+
+
+class Run:
+    """A toy run of the batch script: its configuration, its folder, what it said."""
+
+    def __init__(self, cluster: Cluster, corpus: Path, runs: Path, **changes: Any) -> None:
+        self.cluster, self.folder, self.output = cluster, runs / "toy", runs / "output"
+        raw = toy.settings(corpus, runs, ema=0.9, model__dropout=0.5, **changes)
+        self.configuration = runs / "c.yaml"
+        self.configuration.write_text(yaml.safe_dump(raw))
+
+    def submit(self, *overrides: str, option: str = "--requeue", script: str = SCRIPT, **environment: str) -> int:
+        """Its job's number."""
+        return self.cluster.submit(
+            f"--output={self.output}", option, script, str(self.configuration), *overrides, cwd=ROOT,
+            **{"PYTHON": sys.executable, "INTERFACE": "lo"} | environment,
+        )  # fmt: skip
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else "nothing was printed"
+
+    def reach(self, step: int) -> None:
+        until(lambda: toy.steps_logged(self.folder) >= step, f"step {step}", 150, detail=self.said)
+
+    def finish(self, number: int, straight: dict[str, Any]) -> None:
+        """It comes to its end, with the bits of a run that nothing interrupted."""
+        state = self.cluster.wait_for(number, "COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED")["JobState"]
+        assert state == "COMPLETED", self.said()
+        toy.assert_same(straight, toy.tensors(self.folder / LAST))
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its processes by rank."""
+        found = {}
+        for one in psutil.process_iter():
+            try:
+                if str(self.configuration) in one.cmdline() and "RANK" in one.environ():
+                    found[int(one.environ()["RANK"])] = one
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture
+def run(slurm: Cluster, toy_corpus: Path, tmp_path: Path) -> Run:
+    return Run(slurm, toy_corpus, tmp_path)
+
+
+def test_asked_to_go_it_saves_is_queued_again_and_ends_alike(
+    slurm: Cluster, toy_corpus: Path, tmp_path: Path, straight: dict[str, Any]
+) -> None:
+    """The signal that Slurm sends to the batch shell before the time is up. Only the request makes it save."""
+    run = Run(slurm, toy_corpus, tmp_path, checkpoint__every_steps=0)
+    number = run.submit()
+    run.reach(3)
+    assert run.ranks()[0].environ()["CCLMPC_GRACE_SECONDS"] == "180"
+    slurm.ask("scancel", "--signal=USR2", "--batch", str(number))
+    slurm.start_again(number)
+    stopped = int(re.findall(r"saved at step (\d+): queued again", run.said())[0])
+    assert 3 <= stopped < 20
+    run.finish(number, straight)
+    assert f"going on from step {stopped}" in run.said(), "nothing is lost"
+    assert "starting at step 0" in run.said(), "the output is continued, not overwritten"
+    assert slurm.job(number)["Restarts"] == "1"
+    assert not [name for name in ("preempt", "preempted") if (run.folder / name).exists()]
+
+
+def test_a_job_of_higher_priority_preempts_it(
+    slurm: Cluster, toy_corpus: Path, tmp_path: Path, straight: dict[str, Any]
+) -> None:
+    """Slurm itself sends the signal, ends the grace period early since the job left, and starts the other job."""
+    run = Run(slurm, toy_corpus, tmp_path, checkpoint__every_steps=0)
+    number = run.submit()
+    run.reach(3)
+    urgent = slurm.submit(
+        "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=tmp_path
+    )
+    slurm.wait_for(urgent, "COMPLETED")
+    assert "queued again" in run.said()
+    slurm.start_again(number)
+    run.finish(number, straight)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again_in_the_job(rank: int, run: Run, straight: dict[str, Any]) -> None:
+    number = run.submit()
+    run.reach(6)
+    run.ranks()[rank].kill()
+    run.finish(number, straight)
+    assert run.cluster.job(number)["Restarts"] == "0"
+    assert re.search(r"going on from step (4|8|12|16)", run.said())
+
+
+def test_a_killed_agent_ends_the_job_and_it_is_queued_again(run: Run, straight: dict[str, Any]) -> None:
+    number = run.submit()
+    run.reach(6)
+    agent = run.ranks()[1].parent()
+    assert agent is not None
+    agent.kill()
+    run.cluster.start_again(number)
+    assert "after a new checkpoint: queued again" in run.said()
+    run.finish(number, straight)
+
+
+def test_sigterm_to_the_agents_costs_the_steps_since_the_checkpoint(run: Run, straight: dict[str, Any]) -> None:
+    """What a cluster sends that preempts without the signal of --signal."""
+    number = run.submit()
+    run.reach(6)
+    run.cluster.ask("scancel", "--signal=TERM", str(number))
+    run.cluster.start_again(number)
+    assert "after a new checkpoint: queued again" in run.said()
+    run.finish(number, straight)
+
+
+def test_a_node_lost_during_a_save_costs_that_save(run: Run, straight: dict[str, Any], tmp_path: Path) -> None:
+    """Slurm queues the job again by itself; rank 1 hangs in its second save until its node is gone."""
+    script = tmp_path / "train_la.sh"
+    script.write_text((ROOT / SCRIPT).read_text().replace("launch/train.py", "tests/faulty.py"))
+    happened = tmp_path / "happened"
+    number = run.submit(script=str(script), FAULT=f"hang:file:1:8:{happened}")
+    until(happened.exists, "rank 1 hangs in a save", 150, detail=run.said)
+    run.cluster.lose("node2")
+    run.cluster.wait_for(number, "PENDING")
+    assert not (run.folder / "checkpoints/step-000000008").exists()
+    run.cluster.start("slurmd-node2", "-D", "-N", "node2")
+    run.cluster.start_again(number)
+    run.finish(number, straight)
+    assert "going on from step 4" in run.said()
+
+
+def test_a_cancelled_job_stays_cancelled(run: Run) -> None:
+    number = run.submit()
+    run.reach(6)
+    run.cluster.ask("scancel", str(number))
+    run.cluster.wait_for(number, "CANCELLED")
+    until(lambda: not run.ranks(), "its processes are gone")
+    assert "queued again" not in run.said()
+    assert run.cluster.job(number)["JobState"] == "CANCELLED"
+
+
+def test_a_taken_port_gives_way_to_the_next(run: Run) -> None:
+    number = run.submit("budget.images=24", option="--hold")
+    with socket.create_server(("", 20_000 + number % 10_000)):
+        run.cluster.ask("scontrol", "release", str(number))
+        assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
+
+
+def test_with_an_image_all_python_runs_in_it(run: Run, tmp_path: Path) -> None:
+    """A stand-in for apptainer notes what it was asked for and runs it here."""
+    tool = tmp_path / "apptainer"
+    tool.write_text(f'#!/bin/bash\necho "$1 $2 $3 $4" >> {tmp_path}/calls\nexec {sys.executable} "${{@:4}}"\n')
+    tool.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    number = run.submit("budget.images=24", CONTAINER="our.sif", PYTHON="/nowhere/python", PATH=path)
+    assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
+    programs = ["launch/run_folder.py", "launch/rendezvous.py", "-m", "-m"]
+    assert (tmp_path / "calls").read_text().splitlines() == [f"exec our.sif python {name}" for name in programs]
+
+
+@pytest.mark.parametrize(
+    ("override", "head", "said"),
+    [
+        ("optim.lr=0.01", "nowhere.invalid", "nowhere.invalid: the first node's name has no address here"),
+        ("optim.lr=fast", "127.0.0.1", "optim.lr = 'fast'"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line(override: str, head: str, said: str, run: Run) -> None:
+    number = run.submit(override, HEAD=head)
+    assert run.cluster.wait_for(number, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
+    assert said in run.said()
+    assert run.said().count("\n") == 1
