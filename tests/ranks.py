@@ -22,7 +22,8 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
     dicts of them. The environment carries RANK, LOCAL_RANK and WORLD_SIZE. Raises AssertionError with the
     traceback of the first rank that failed, or after `timeout` seconds; no process outlives the call.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cclmpc_dist.training.trainer"])  # imported once, not by every rank
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(fn, rank, world, folder, args)) for rank in range(world)]
         try:
