@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,14 +30,16 @@ from cclmpc_dist.training.state import averaged, norm_buffers, restore, save
 
 SKIPS_IN_A_ROW = 50  # non-finite steps after which the run is given up
 Batches = dict[str, dict[str, Any]]  # stream -> batch
+Listener = Callable[[int, int, dict[str, float]], None]  # steps done, step of the newest save begun, the line's scalars
 
 
-def train(config: Config) -> bool:
+def train(config: Config, listener: Listener | None = None) -> bool:
     """Train, or go on where the run folder's newest checkpoint stands. True once the budget is spent, False when
-    preempted and saved. Raises InputError for anything a user can mend."""
+    preempted and saved. The listener is called at each log line, on every rank. Raises InputError for anything a user
+    can mend."""
     accelerator = runtime.start(config.precision)
     try:
-        return Trainer(config, accelerator).fit()
+        return Trainer(config, accelerator, listener).fit()
     finally:
         runtime.stop()
 
@@ -48,7 +50,8 @@ class Trainer:
     step: optimiser steps done in the phase; done: in all phases; positions: microbatches taken from each stream.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, listener: Listener | None = None) -> None:
+        self.listener = listener
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world_size()
         self.index = Index.open(config.data.path)
@@ -284,6 +287,8 @@ class Trainer:
             values[f"data/{name}_epoch"] = self.positions[name] / self.streams[name].order.steps
         self.monitor.scalars(self.done, values)
         self.monitor.progress(self.done, values)
+        if self.listener is not None:
+            self.listener(self.done, self.saved, values)
 
     def _validate(self) -> bool:
         """Mean Dice on the cases set aside by data.select; whether it is the best so far. Collective."""
