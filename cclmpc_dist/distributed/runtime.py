@@ -30,13 +30,18 @@ def start(precision: str) -> Accelerator:
 
     DDP sends no buffers around (each rank keeps its own norm statistics) and searches unused parameters: without that
     search its bucket rebuild breaks bit-identical resume at three ranks and more.
-    Raises InputError where launcher and process group disagree, torchrun could not restart, or fp16 meets a CPU.
+    Raises InputError where launcher and process group or precision disagree, torchrun could not restart, or fp16 meets
+    a CPU.
     """
     expected = _launched_world_size()
     _check_restarts()
     on_cpu = not torch.cuda.is_available()
     if on_cpu and precision == "fp16":
         raise InputError("precision = fp16 needs a GPU: take bf16 or fp32")
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", precision):
+        raise InputError(f"precision = {precision}, and accelerate launch was told mixed_precision = {told}: make them "
+                         "equal, or leave the second at no")  # fmt: skip
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
