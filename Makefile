@@ -25,9 +25,10 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
-# The tests that need real daemons: installs Slurm where it may, brings it up on the loopback, takes it down.
+# The tests that need real daemons, on the loopback: installs Slurm where it may, and Ray.
 test-cluster: setup
 	bash tests/slurm_install.sh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
 	$(BIN)/python -m pytest -m cluster
 
 lint: setup

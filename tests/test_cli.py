@@ -294,3 +294,14 @@ def _accelerate(*options: str, config: Path) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def test_the_package_imports_without_ray() -> None:
+    """launch/ray_train.py alone needs it."""
+    every = (
+        "import sys, pkgutil, importlib, cclmpc_dist\nsys.modules['ray'] = None\n"
+        "for module in pkgutil.walk_packages(cclmpc_dist.__path__, 'cclmpc_dist.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", every], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
