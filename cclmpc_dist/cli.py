@@ -21,7 +21,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-BAD_INPUT, PREEMPTED = 2, 75  # exit codes; 75 asks the launcher to start the run again
+FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
 Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
 Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the records are printed anyway")]
 
@@ -136,6 +136,24 @@ def report(run: Run) -> None:
     from cclmpc_dist.evaluation import report as room
 
     print(f"report and pictures: {room.report(run)}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs go, there already or not; nothing is left in it")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Look at what training here depends on: one line a check, OK, warning or failed, with what to do.
+
+    Versions, GPUs, shared memory, cores, bf16 convolutions, the run folder's file system, and whether the ranks meet
+    and how fast they reduce. Alone, or on every rank of torchrun, srun or accelerate launch: rank 0 prints, and names
+    the ranks out of line. Exit code 1 where a check failed.
+    """
+    from cclmpc_dist.distributed import doctor as room
+
+    if not room.examine(folder):
+        raise typer.Exit(FAILED)
 
 
 @bench.command("loader")

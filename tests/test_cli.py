@@ -105,6 +105,7 @@ def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -
         (["shard", "nowhere", "--format", "la-h5", "--out", "{tmp}/o"], "nowhere: no such folder"),
         (["shard", "many", "--format", "phantom", "--out", "{tmp}/o"], "many: --format phantom takes a number"),
         (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'jpeg' is not one of"),
+        (["doctor", "runs"], "unexpected extra argument"),
         (["train"], "Missing argument"),
         (["trian"], "No such command"),
     ],
@@ -251,7 +252,7 @@ def test_help_is_quick_to_load_and_names_every_verb() -> None:
     """Nothing heavy is imported for it."""
     code, said = cclmpc("--help")
     assert code == 0
-    assert all(verb in said for verb in ("shard", "verify", "inspect", "train", "eval", "report", "bench"))
+    assert all(verb in said for verb in ("shard", "verify", "inspect", "train", "eval", "report", "doctor", "bench"))
     probe = (
         "import sys; import cclmpc_dist.cli; print(sorted({'torch', 'numpy', 'h5py', 'matplotlib'} & set(sys.modules)))"
     )

@@ -1,9 +1,12 @@
 """Who am I, and a clean start and end of the process group, whatever launched this process."""
 
 import gc
+import json
 import os
 import time
 import warnings
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
+from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT, gather_detached
 from cclmpc_dist.errors import InputError
 
 
@@ -25,7 +28,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(precision: str) -> Accelerator:
+def start(precision: str, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Accelerator:
     """An Accelerator over the processes that the launcher meant: NCCL with a GPU, gloo without.
 
     DDP sends no buffers around (each rank keeps its own norm statistics) and searches unused parameters: without that
@@ -49,7 +52,7 @@ def start(precision: str) -> Accelerator:
             DistributedDataParallelKwargs(
                 find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
     if accelerator.gradient_accumulation_steps != 1:
@@ -124,6 +127,17 @@ def from_rank_zero(value: int, device: torch.device) -> int:
     word = torch.tensor([value], device=device, dtype=torch.int64)
     dist.broadcast(word, 0)
     return int(word.item())
+
+
+def gather_json(value: Any, device: torch.device | str) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on every rank. Collective.
+
+    Values travel as JSON in tensors on `device` (CUDA for NCCL), padded to the longest.
+    """
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = gather_detached(torch.tensor([len(text)], device=device)).tolist()
+    texts = gather_detached(nn.functional.pad(text, (0, max(sizes) - len(text)))).view(len(sizes), -1).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(texts, sizes, strict=True)]
 
 
 def barrier() -> None:

@@ -19,9 +19,9 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.inference import Blend, Predict, sliding_window
 from cclmpc_dist.evaluation.metrics import COLUMNS, STATISTICS, Row, by_case, case_metrics, summary
@@ -97,18 +97,11 @@ def share(count: int, rank: int, world: int) -> range:
 def gather_rows(rows: list[Row], device: torch.device | str = "cpu") -> list[Row]:
     """The rows of all ranks on every rank, in the order of the cases as `share` dealt them. Collective.
 
-    `device` is where the backend's tensors live (CUDA for NCCL). Rows travel as JSON, padded to the longest
-    rank's.
+    `device` is where the backend's tensors live (CUDA for NCCL).
     """
-    if not dist.is_initialized():
+    if runtime.world_size() == 1:
         return rows
-    text = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(text)], device=device))
-    longest = max(int(size) for size in sizes)
-    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
-    ranks = [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+    ranks = runtime.gather_json(rows, device)
     turns = zip_longest(*(by_case(part) for part in ranks), fillvalue=[])
     return [row for turn in turns for case in turn for row in case]
 
