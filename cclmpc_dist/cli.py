@@ -92,6 +92,9 @@ def train(
         list[str] | None,
         typer.Argument(help="settings, as in optim.lr=0.01 data.labelled=8; docs/configuration.md has all"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, take one step, tell what the run would cost; no files")
+    ] = False,
 ) -> None:
     """Train, or go on from the newest checkpoint.
 
@@ -100,6 +103,11 @@ def train(
     from cclmpc_dist.config import load
 
     settings = load(config, overrides or [])
+    if dry_run:
+        from cclmpc_dist.training.rehearsal import rehearse
+
+        rehearse(settings)
+        return
     from cclmpc_dist.training import preemption, trainer
 
     preemption.listen()

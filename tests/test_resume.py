@@ -104,10 +104,10 @@ class Double(Trainer):
         super().__init__(parse(raw, "toy"), runtime.start("fp32"))
         self.last = last
 
-    def _build(self) -> None:
+    def build(self) -> None:
         build = self.method.build
         self.method.build = lambda: build().double()  # type: ignore[method-assign]
-        super()._build()
+        super().build()
 
     def _loader(self) -> Iterator[Batches]:
         for batch in super()._loader():

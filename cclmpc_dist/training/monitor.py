@@ -75,7 +75,7 @@ class Monitor:
             return
         done = step - self._first
         left = (time.monotonic() - self._started) / done * (self.total - step) if done else math.nan
-        self.say(f"{self.name} {step}/{self.total}  {_line(values)}  eta {_duration(left)}")
+        self.say(f"{self.name} {step}/{self.total}  {_line(values)}  eta {duration(left)}")
 
 
 class Window:
@@ -138,7 +138,8 @@ def _line(values: dict[str, float]) -> str:
     return f"{shown}  {rate:.2f} samples/s  wait {wait:.0%}  {memory:.0f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """h:mm:ss, or - for what is not known."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -32,8 +32,8 @@ def averaged(module: nn.Module) -> nn.Module:
     return module
 
 
-def save(trainer: "Trainer") -> None:
-    """Hand a copy of everything to the checkpoint's writer. Collective."""
+def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, Any]]:
+    """Rank 0's files, this rank's own, and the optimiser's values for the state. Collective."""
     modules = _modules(trainer)
     optimizer, values = checkpoint.pack_optimizer(trainer.optimizer.optimizer)
     groups: dict[str, Tensors] = {name: averaged(module).state_dict() for name, module in modules.items()}
@@ -44,6 +44,12 @@ def save(trainer: "Trainer") -> None:
     for name, module in modules.items():
         mine |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
     mine |= {f"method.{name}": value for name, value in trainer.method.rank_state_dict().items()}
+    return groups, mine, values
+
+
+def save(trainer: "Trainer") -> None:
+    """Hand a copy of everything to the checkpoint's writer. Collective."""
+    groups, mine, values = tensors(trainer)
     scaler = trainer.accelerator.scaler
     state = {
         "phase": trainer.phase,

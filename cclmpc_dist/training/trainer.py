@@ -80,7 +80,7 @@ class Trainer:
         state = run.resumable_state(self.config, at) if at >= 0 else None
         if state is not None:
             self.phase, self.saved = state["phase"], at
-        self._build()
+        self.build()
         if state is not None:
             restore(self, at, state)
         if self.rank == 0:
@@ -90,7 +90,8 @@ class Trainer:
         runtime.barrier()
         self._introduce(at)
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Module, average and optimiser, and the phase's beginning."""
         torch.manual_seed(draws.key(self.config.seed, "model"))
         layout = {2: torch.channels_last, 3: torch.channels_last_3d}[self.config.dims]
         self.module = self.method.build().to(self.device)
@@ -134,6 +135,12 @@ class Trainer:
         say = self.monitor.say
         where = f"going on from step {at}" if at >= 0 else "starting at step 0"
         say(f"{self.config.folder}: {'its budget is spent, nothing to do' if self.done == self.total else where}")
+        self.describe()
+        self._check_grace()
+
+    def describe(self) -> None:
+        """Say what is trained on what."""
+        say = self.monitor.say
         say(f"{self.config.method}, {self.total} steps on {self.world} process(es), {self.device.type}, "
             f"precision {self.config.precision}, {sum(p.numel() for p in self.parameters):,} parameters")  # fmt: skip
         for name, stream in self.streams.items():
@@ -142,7 +149,6 @@ class Trainer:
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
         for line in self.method.notes():
             say(line)
-        self._check_grace()
 
     def _check_grace(self) -> None:
         """Warn, once, of a grace period too short for two saves: one may be under way when the request comes. What a
@@ -153,6 +159,13 @@ class Trainer:
         self.monitor.say(f"warning: {self.grace:g} s of grace are too few: a save takes {seconds:.1f} s, and one may "
                          f"be under way: give it {math.ceil(2 * seconds)} s and a step's time")  # fmt: skip
         self.grace = None
+
+    def first_step(self) -> Window:
+        """Take one step from where the trainer stands, in memory alone. Returns its times."""
+        window = Window()
+        with window.step():
+            self._train_step(self._loader(), window)
+        return window
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
