@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy
 from ranks import run_ranks
+from slurm_cluster import free_port
 from torch import Tensor, nn
 
 from cclmpc_dist.distributed import checks, doctor, folder_checks
@@ -87,6 +88,21 @@ def test_a_port_that_is_taken_is_told_in_one_line() -> None:
     assert code == 1, said
     assert "rank 0 of 2 lost the others" in lines(said)["rendezvous"]
     assert "Traceback" not in said
+
+
+def test_a_lost_rank_leaves_the_others_with_what_they_found(tmp_path: Path) -> None:
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    dies = "import os; from cclmpc_dist.distributed import checks as c, doctor; from pathlib import Path; "
+    dies += f"c.bf16_convolution = lambda _: os._exit(9); doctor.examine(Path({str(tmp_path)!r}))"
+    environment = os.environ | where | {"RANK": "1", "LOCAL_RANK": "1"}
+    with subprocess.Popen([sys.executable, "-c", dies], env=environment) as other:
+        code, said = python("cclmpc_dist", "doctor", "--folder", str(tmp_path), **where, RANK="0", LOCAL_RANK="0")
+    found = lines(said)
+    assert other.returncode == 9
+    assert code == 1, said
+    assert found["versions"].startswith("OK")
+    assert found["bf16 conv3d"].startswith("OK")
+    assert "rank 0 of 2 lost the others" in said
 
 
 def look(rank: int, world: int, folder: str, patience: float, loose_lock: bool) -> dict[str, str]:
@@ -191,7 +207,7 @@ def test_a_rank_out_of_line_is_named() -> None:
 
 def test_accelerate_launch_starts_it_on_two_ranks(tmp_path: Path) -> None:
     several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    fixed = ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cclmpc_dist", "doctor", "--folder"]
+    fixed = ["--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "cclmpc_dist", "doctor", "--folder"]
     launcher = "accelerate.commands.launch"
     code, said = python(launcher, *several, *fixed, str(tmp_path), ACCELERATE_USE_CPU="true")
     assert code == 0, said

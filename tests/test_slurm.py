@@ -209,3 +209,17 @@ def test_what_cannot_work_ends_in_one_line(override: str, head: str, said: str, 
     assert run.cluster.wait_for(number, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
     assert said in run.said()
     assert run.said().count("\n") == 1
+
+
+def test_doctor_looks_at_both_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    agents = (
+        f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank $SLURM_NODEID "
+        f"--master-addr 127.0.0.2 --master-port {slurm_cluster.free_port()} -m cclmpc_dist doctor --folder {tmp_path}"
+    )
+    script, output = tmp_path / "doctor.sh", tmp_path / "output"
+    script.write_text(f"#!/bin/bash\nexport GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\nsrun bash -c '{agents}'\n")
+    nodes = ("--nodes=2", "--ntasks-per-node=1", f"--output={output}")
+    job = slurm.wait_for(slurm.submit(*nodes, str(script), cwd=ROOT), "COMPLETED", "FAILED", "NODE_FAIL")
+    assert job["JobState"] == "COMPLETED", output.read_text()
+    assert output.read_text().count("2 ranks on 1 machine(s) met") == 1  # both nodes are this host
+    assert "taken by rank 0 and refused to the others" in output.read_text()

@@ -34,7 +34,8 @@ def examine(folder: Path) -> bool:
     """
     found: list[Finding] = []
     try:
-        device = runtime.start("fp32", TIMEOUT).device
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by accelerate launch; any will do here
+        device = runtime.start("fp32" if told == "no" else told, TIMEOUT).device
         _look(folder, device, found)
         everyone = runtime.gather_json([asdict(finding) for finding in found], device)
         rows = merged([[Finding(**finding) for finding in one] for one in everyone])

@@ -46,8 +46,10 @@ def look(folder: Path, device: torch.device) -> list[Finding]:
         found += attempt("folder shared", lambda: _shared(room), ELSEWHERE)
         return found + _rename(room, device) + _lock(room, device)
     finally:
-        runtime.barrier()
-        shutil.rmtree(room, ignore_errors=True)
+        try:
+            runtime.barrier()
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def _speeds(folder: Path, place: Path, room: Path) -> list[Finding]:
