@@ -104,7 +104,10 @@ def cores(mine: dict[str, Any], everyone: list[dict[str, Any]]) -> list[Finding]
     count = min(len({core for one in here for core in one["cores"]}), mine["quota"])
     threads = sum(one["threads"] for one in here)
     own = min(len(mine["cores"]), mine["quota"])
-    told = f"{own:g} and {mine['threads']} OMP thread(s) for this rank, {count:g} for its machine's {len(here)} rank(s)"
+    told = (
+        f"{own:g} core(s) and {mine['threads']} OMP thread(s) for this rank, "
+        f"{count:g} core(s) for its machine's {len(here)} rank(s)"
+    )
     if threads > count:
         return [Finding("cores", told, "warning", f"{threads} threads are too many: set OMP_NUM_THREADS lower")]
     if mine["device"] == "cpu" and threads <= count / 2:
