@@ -90,6 +90,7 @@ def test_a_port_that_is_taken_is_told_in_one_line() -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_lost_rank_leaves_the_others_with_what_they_found(tmp_path: Path) -> None:
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     dies = "import os; from cclmpc_dist.distributed import checks as c, doctor; from pathlib import Path; "
@@ -126,6 +127,7 @@ def test_one_rank_that_cannot_write_holds_up_no_other(tmp_path: Path) -> None:
     assert second["all-reduce"].startswith("OK")
 
 
+@pytest.mark.slow
 def test_ranks_with_folders_of_their_own_are_told(tmp_path: Path) -> None:
     for rank in "01":
         (tmp_path / rank).mkdir()
@@ -205,6 +207,7 @@ def test_a_rank_out_of_line_is_named() -> None:
     assert doctor.ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_it_on_two_ranks(tmp_path: Path) -> None:
     several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     fixed = ["--mixed_precision", "bf16", "--dynamo_backend", "no", "-m", "cclmpc_dist", "doctor", "--folder"]

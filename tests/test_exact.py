@@ -120,6 +120,7 @@ def _equal_one_process(world: int, cases: list[tuple[str, str, str]], corpus: Pa
                     assert torch.equal(sum(rank[number]["bank.count"] for rank in ranks), one["bank.count"])
 
 
+@pytest.mark.slow
 def test_ccl_mpc_is_exact_without_bank_and_without_certain_pixels(toy_corpus: Path) -> None:
     corners = [
         _corner(toy_corpus, 3, bank=0, negatives="all"),
@@ -134,6 +135,7 @@ def test_ccl_mpc_is_exact_without_bank_and_without_certain_pixels(toy_corpus: Pa
     assert one["1.loss/cp"] == 0
 
 
+@pytest.mark.slow
 def test_groups_of_ranks_share_keys(toy_corpus: Path) -> None:
     """Every exchange the same numbers, and others than without groups; each group's terms by themselves are tested
     in test_contrast_ranks.py."""

@@ -61,6 +61,7 @@ def _losses(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
+@pytest.mark.slow
 def test_other_world_size_goes_on_in_the_streams(toy_corpus: Path, tmp_path: Path) -> None:
     """Started on 2 ranks, ended on 1: the same positions, and losses that begin to differ by rounding."""
     raw = toy.settings(toy_corpus, tmp_path, name="elastic", model__norm="instance", model__dropout=0.0)
