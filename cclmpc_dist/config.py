@@ -87,7 +87,8 @@ class Contrast(Settings):
     n_cgcl: PositiveInt = Field(64, description="CGCL anchors an image and class, half of them hard [F]")
     keys: Literal["live", "detached"] = Field("live", description="detached stops the gradient of all keys, this "
                                               "rank's too; the originals then run without gradient")  # fmt: skip
-    bank: NonNegativeInt = Field(1024, description="bank keys a class; 0 switches the bank off [F]")
+    bank: NonNegativeInt = Field(1024, description="bank keys a class, at least what a step offers: images times "
+                                 "(bank_offer + 1); 0 switches the bank off [F]")  # fmt: skip
     bank_layout: Literal["replicated", "sharded"] = Field(
         "replicated", description="all ranks hold the same bank, or each rank `bank` keys a class of its own images"
     )
@@ -246,6 +247,9 @@ def combinations(config: Config) -> list[str]:
         if size % MODEL_STRIDE:
             near = max(MODEL_STRIDE, round(size / MODEL_STRIDE) * MODEL_STRIDE)
             problems.append(f"data.patch[{axis}] = {size} is no multiple of the network's {MODEL_STRIDE}: take {near}")
+    if config.model.norm == "instance" and max(config.data.patch) == MODEL_STRIDE:
+        problems.append(f"data.patch = {list(config.data.patch)} leaves one position at the network's bottom, which "
+                        "norm: instance cannot normalise: take 32 along an axis, or norm: group")  # fmt: skip
     for key, value in {"evaluation.stride": config.stride, "model.swin.window": config.model.swin.window}.items():
         if len(value) != dims:
             problems.append(f"{key} has {len(value)} numbers and data.patch {dims}: give one an axis")
@@ -289,16 +293,17 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
         return problems
     contrast = config.ccl_mpc.contrast
     if world_size % (contrast.group or world_size):
-        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide the {world_size} ranks: take a "
-                        "divisor or null in a new run, or a multiple of it in ranks")  # fmt: skip
+        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {world_size} rank(s): start a "
+                        f"multiple of {contrast.group}, or in a new run set a divisor or null")  # fmt: skip
     offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
     offered *= config.accumulate
-    more = ""
-    if contrast.bank_layout == "sharded":
-        offered, more = math.ceil(offered / world_size), ", or more ranks"
+    sharded = contrast.bank_layout == "sharded"
+    if sharded:
+        offered = math.ceil(offered / world_size)
     if config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
+        remedy = "start more ranks, or in a new run" if sharded else "take bank_layout: sharded, or"
         problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
-                        f"take at least {offered}, or 0 for none{more}")  # fmt: skip
+                        f"{remedy} set it to {offered} or more, to 0 for none, or bank_offer lower")  # fmt: skip
     return problems
 
 

@@ -5,7 +5,6 @@ python docs/costs.py --plot docs/costs.png
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -34,7 +33,8 @@ HEAD = """# What the contrast costs, from 1 to 1024 ranks
 Made by `python docs/costs.py > docs/costs.md` from the formulas of `cclmpc_dist/losses/costs.py`;
 [exchange.md](exchange.md) has them in words. A rank and microbatch, forward and backward, SBCL and CGCL together, 2
 labelled and 2 unlabelled images on each rank, 2 classes, float32. Received and held are MiB; held is the larger of the
-two terms. FLOPs are those of the streamed forms. The network of `configs/la.yaml` takes {network:.3g} TFLOP a rank and
+two terms. FLOPs are those of the streamed forms. A bank that would hold less than a step's offers is taken as large as
+these. The network of `configs/la.yaml` takes {network:.3g} TFLOP a rank and
 microbatch (three times its forward pass).
 
 ![received bytes, held bytes and FLOPs against the number of ranks](costs.png)
@@ -49,7 +49,17 @@ TITLES = (
 HEAVY = 0.1  # share of the network's FLOPs from which the contrast is too dear
 
 
+def with_bank(config: Config, world: int) -> Config:
+    """The bank as large as a step's offers ask for, where the configuration's is smaller."""
+    contrast = config.ccl_mpc.contrast
+    images = 2 * IMAGES * (1 if contrast.bank_layout == "sharded" else world)
+    bank = max(contrast.bank, images * (contrast.bank_offer + 1))
+    contrast = contrast.model_copy(update={"bank": bank})
+    return config.model_copy(update={"ccl_mpc": config.ccl_mpc.model_copy(update={"contrast": contrast})})
+
+
 def total(config: Config, world: int, how: Exchange) -> Cost:
+    config = with_bank(config, world)
     batches = {"labelled": IMAGES * world, "unlabelled": IMAGES * world}
     sbcl, cgcl = (term_costs(term, config, 2, batches, world)[how] for term in ("sbcl", "cgcl"))
     return sbcl + cgcl
@@ -96,8 +106,10 @@ def short(value: float) -> str:
 
 def limit(config: Config, network: int) -> int:
     """Ranks in a group up to which the contrast stays below HEAVY of the network's FLOPs."""
-    one, two = (total(config, world, "keys").flops for world in (1, 2))
-    return math.floor((HEAVY * network - one) / (two - one)) + 1
+    ranks = 1
+    while total(config, ranks + 1, "keys").flops <= HEAVY * network:
+        ranks += 1
+    return ranks
 
 
 def page() -> str:

@@ -2,7 +2,7 @@
 # Trains on N nodes x P processes, with GPUs where the job has some; asked to go, it saves and queues itself again.
 #
 #   sbatch slurm/train_la.sh                                                   # configs/la.yaml on two CPU nodes
-#   sbatch --nodes 4 --gpus-per-node 8 slurm/train_la.sh configs/la.yaml data.batch_labelled=32 data.batch_unlabelled=32
+#   sbatch --nodes 4 --gpus-per-node 4 slurm/train_la.sh configs/la.yaml data.batch_labelled=16 data.batch_unlabelled=16
 #
 # Submit from the root of the repository. The arguments are those of `cclmpc train`; docs/reliability.md tells the rest.
 

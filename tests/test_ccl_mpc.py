@@ -266,7 +266,7 @@ def test_detached_originals_carry_no_gradient_and_keep_the_value(toy_corpus: Pat
 @pytest.mark.parametrize(
     ("changes", "world", "sbcl", "cgcl"),
     [
-        ({}, 1, "keys (one rank, no key travels)", "keys (one rank, no key travels)"),
+        ({}, 1, "keys (groups of one: no key travels)", "keys (groups of one: no key travels)"),
         ({}, 2, "keys (auto: anchors would receive", "keys (auto: anchors would receive"),
         ({"n_negatives": 8, "n_sbcl": 2}, 2, "anchors (auto: keys would receive", "keys (auto"),
         ({"n_negatives": 8, "n_sbcl": 2, "keys": "detached"}, 2, "keys (auto: anchors", "keys (auto"),

@@ -132,7 +132,7 @@ def test_batches_must_divide_over_the_ranks(tmp_path: Path) -> None:
 def test_bank_must_hold_a_step(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=10)
     (line,) = check_world(config, ["labelled", "unlabelled"], 1)
-    assert "ccl_mpc.contrast.bank = 10 holds less than one step's 60 offers" in line
+    assert "holds less than one step's 60 offers a class: take bank_layout: sharded, or set it to 60 or more" in line
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=100, accumulate=2)
     (line,) = check_world(config, ["labelled", "unlabelled"], 1)
     assert "less than one step's 120 offers" in line
@@ -144,17 +144,22 @@ def test_a_shard_of_the_bank_must_hold_a_ranks_step(tmp_path: Path) -> None:
     )  # 12 images offer 60 keys a class
     assert check_world(config, ["labelled", "unlabelled"], 2) == []
     (line,) = check_world(config, ["labelled", "unlabelled"], 1)
-    assert "less than one step's 60 offers a class: take at least 60, or 0 for none, or more ranks" in line
+    assert "less than one step's 60 offers a class: start more ranks, or in a new run set it to 60 or more" in line
+
+
+def test_instance_norm_wants_more_than_one_position(tmp_path: Path) -> None:
+    changes = {"data__patch": [16, 16, 16], "model__norm": "instance"}
+    with pytest.raises(InputError, match=r"leaves one position at the network's bottom.*take 32 along an axis"):
+        toy.config(tmp_path, tmp_path, **changes)
+    toy.config(tmp_path, tmp_path, **changes | {"data__patch": [32, 16, 16]})
+    toy.config(tmp_path, tmp_path, **changes | {"model__norm": "group"})
 
 
 def test_a_group_must_divide_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__group=2)
     assert check_world(config, ["labelled", "unlabelled"], 6) == []
     (line,) = check_world(config, ["labelled", "unlabelled"], 3)
-    assert (
-        "ccl_mpc.contrast.group = 2 does not divide the 3 ranks: take a divisor or null in a new run, or a multiple"
-        in line
-    )
+    assert "ccl_mpc.contrast.group = 2 does not divide over 3 rank(s): start a multiple of 2, or in a new run" in line
 
 
 @pytest.mark.parametrize("exchange", ["auto", "naive", "keys", "anchors"])

@@ -65,14 +65,13 @@ def _choice(term: str, config: Config, ranks: int, found: dict[Exchange, Cost]) 
     elif term == "cgcl" and settings.bank and settings.bank_layout == "sharded":
         how, why = "anchors", "the bank is sharded"
     elif ranks == 1:
-        how, why = "keys", "one rank, no key travels"
+        how, why = "keys", "groups of one: no key travels"
     else:
         how = costs.choose(found["keys"], found["anchors"])
         other: Exchange = "keys" if how == "anchors" else "anchors"
         why = f"auto: {other} would receive {found[other].received / MIB:.3g} MiB"
     cost = found[how]
-    told = (
-        f"{cost.received / MIB:.3g} MiB received, {cost.held / MIB:.3g} MiB held, {cost.flops / GFLOP:.3g} GFLOP "
-        "a rank and microbatch"
-    )
-    return Choice(how, f"{term}: exchange {how} ({why}) over {ranks} rank(s): {told}")
+    offers = ", the bank's offers among them" if term == "cgcl" and settings.bank else ""
+    told = f"{cost.received / MIB:.3g} MiB received{offers}, {cost.held / MIB:.3g} MiB held"
+    work = f"{cost.flops / GFLOP:.3g} GFLOP a rank and microbatch"
+    return Choice(how, f"{term}: exchange {how} ({why}) over {ranks} rank(s): {told}, {work}")
