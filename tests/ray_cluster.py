@@ -1,6 +1,7 @@
 """A real Ray on the loopback: a head and further nodes, each `ray start --block`, token-authenticated, ended by id."""
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -86,10 +87,15 @@ class Cluster:
             timeout=120,
         )  # fmt: skip
 
-    def metrics(self) -> str:
-        """What the head shows to Prometheus."""
-        with urllib.request.urlopen(f"http://{HEAD}:{self.exporter}/metrics", timeout=30) as page:
-            return str(page.read(), "utf-8")
+    def shows(self, pattern: str, timeout: float = 60) -> bool:
+        """Whether the head's page for Prometheus, which is some seconds behind, comes to hold the pattern."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with urllib.request.urlopen(f"http://{HEAD}:{self.exporter}/metrics", timeout=30) as page:
+                if re.search(pattern, str(page.read(), "utf-8")):
+                    return True
+            time.sleep(1)
+        return False
 
     def submit(self, *arguments: str, output: Path) -> subprocess.Popen[str]:
         """`ray job submit` of launch/ray_train.py, which streams the job's log to `output`."""

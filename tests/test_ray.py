@@ -161,10 +161,10 @@ def test_elastic_workers_follow_the_nodes(toy_corpus: Path, tmp_path: Path) -> N
     with ray_cluster.cluster(cpus=1) as cluster:
         job = Job(cluster, toy_corpus, tmp_path, "--workers", "1,2", **changes)
         job.says(alone)
+        assert cluster.shows(r'(?m)^ray_cclmpc_loss_total\{.*run="toy"'), "Ray's Prometheus page has the scalars"
         cluster.join(cpus=1)
         job.says(together)
         job.reach(toy.steps_logged(job.folder) + 30)
-        shown = cluster.metrics()
         cluster.lose(SECOND)
         job.says(alone, times=2)
         job.reach(toy.steps_logged(job.folder) + 5)
@@ -177,7 +177,6 @@ def test_elastic_workers_follow_the_nodes(toy_corpus: Path, tmp_path: Path) -> N
     logged = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, len(logged) + 1))
     assert all(line["data/unlabelled_epoch"] == line["step"] / 2 for line in logged)
-    assert re.search(r'(?m)^ray_cclmpc_loss_total\{.*run="toy"', shown), "Ray's Prometheus page has the scalars"
 
 
 def test_a_client_without_the_token_is_refused(ray: Cluster, tmp_path: Path) -> None:
