@@ -153,6 +153,7 @@ def test_one_workers_wrong_input_is_not_tried_again(ray: Cluster, tmp_path: Path
     assert len(re.findall("Started training worker group", said)) <= 2
 
 
+@pytest.mark.timeout(480)
 def test_elastic_workers_follow_the_nodes(toy_corpus: Path, tmp_path: Path) -> None:
     """One worker, two once there is a second node (Ray looks once a minute), one again when that is lost: every step
     is taken once, on the stream positions that its number says."""
