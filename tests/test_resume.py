@@ -82,6 +82,7 @@ def test_other_world_size_goes_on_in_the_streams(toy_corpus: Path, tmp_path: Pat
         assert together[resumed][name] == pytest.approx(apart[resumed][name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sharded_bank_is_dealt_out_anew_at_another_world_size(toy_corpus: Path, tmp_path: Path) -> None:
     raw = toy.settings(
         toy_corpus, tmp_path, name="dealt", budget__images=96, ccl_mpc__contrast__bank_layout="sharded",
