@@ -1,9 +1,8 @@
 """Every setting: typed, documented, validated. YAML plus `key=value`; nothing reads a raw dict after `load`."""
 
-import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.explain import explain, repeated, without
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -190,10 +190,6 @@ class Config(Settings):
 
 
 MODEL_STRIDE = 16  # the V-Net halves four times
-_WORDS = {
-    "tuple_type": "input should be a list, as in [64, 64, 32]",
-    "model_type": "input should be a section, with `key: value` lines of its own",
-}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -211,9 +207,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    repeated = [f"{path}: {line}" for line in _repeated(yaml.compose(text, yaml.SafeLoader))]
-    if repeated:
-        raise InputError("\n".join(repeated))
+    twice = [f"{path}: {line}" for line in repeated(yaml.compose(text, yaml.SafeLoader))]
+    if twice:
+        raise InputError("\n".join(twice))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no settings: write `key: value` lines, as configs/demo.yaml does")
     for item in overrides:
@@ -226,9 +222,9 @@ def parse(raw: dict[str, Any], where: str) -> Config:
     try:
         config, problems = Config.model_validate(raw), []
     except ValidationError as error:
-        problems = list(dict.fromkeys(_explain(item, raw) for item in error.errors()))
+        problems = list(dict.fromkeys(explain(item, raw, Config) for item in error.errors()))
         try:  # combinations of what is left are told in the same breath
-            config = Config.model_validate(_without(raw, [item["loc"] for item in error.errors()]))
+            config = Config.model_validate(without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
             raise InputError("\n".join(f"{where}: {line}" for line in problems)) from None
     problems += combinations(config)
@@ -312,19 +308,6 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
-def _repeated(node: yaml.Node | None, section: str = "") -> Iterator[str]:
-    """Keys that a section holds twice, of which YAML takes the last and says nothing. One line a problem."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = f"{section}{key.value}", key.start_mark.line + 1
-        if name in lines:
-            yield f"line {line}: {name} is set in line {lines[name]} already: remove one of the two"
-        lines[name] = line
-        yield from _repeated(value, f"{name}.")
-
-
 def _override(raw: dict[str, Any], item: str) -> None:
     key, equals, value = item.partition("=")
     if not equals or not key:
@@ -339,62 +322,3 @@ def _override(raw: dict[str, Any], item: str) -> None:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise InputError(f"{item!r}: the value is not YAML") from None
-
-
-def _fields(loc: tuple[int | str, ...]) -> list[str]:
-    """Names valid in the section that `loc` lies in."""
-    section: Any = Config
-    for part in loc[:-1]:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
-
-
-def _explain(item: Any, raw: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors; the same line for each alternative that a setting has."""
-    loc: tuple[int | str, ...] = item["loc"]
-    if item["type"] == "extra_forbidden":
-        names = _fields(loc)
-        near = difflib.get_close_matches(str(loc[-1]), names, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
-        return f"{'.'.join(map(str, loc))}: unknown setting: {remedy}"
-    setting, description = _setting(loc)
-    key, inside = ".".join(setting), loc[len(setting) :]
-    if item["type"] == "missing":
-        return f"{key}: missing: set it"
-    if any(isinstance(part, str) for part in inside):  # pydantic's name of an alternative
-        value: Any = raw
-        for part in setting:
-            value = value[part]
-        return f"{key} = {value!r}: not what it takes: {description}"
-    place = "".join(f"[{part}]" for part in inside)
-    words = _WORDS.get(item["type"], f"{item['msg'][0].lower()}{item['msg'][1:]}")
-    return f"{key}{place} = {item['input']!r}: {words}"
-
-
-def _setting(loc: tuple[int | str, ...]) -> tuple[list[str], str]:
-    """The part of `loc` that names a setting, and the setting's help text; places in its value are left off."""
-    section: Any = Config
-    names: list[str] = []
-    for part in loc:
-        names.append(str(part))
-        field = section.model_fields[part]
-        section = field.annotation
-        if not hasattr(section, "model_fields"):
-            break
-    return names, field.description or ""
-
-
-def _without(raw: dict[str, Any], locs: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
-    """A copy without the settings at `locs`, so that their defaults stand in."""
-    copy = json.loads(json.dumps(raw, default=str))
-    for loc in locs:
-        node = copy
-        for part in loc:
-            if not isinstance(node, dict) or part not in node:
-                break
-            if isinstance(node[part], dict) and part != loc[-1]:
-                node = node[part]
-                continue
-            del node[part]
-            break
-    return copy
