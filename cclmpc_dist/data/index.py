@@ -34,7 +34,7 @@ INDEX = "index.safetensors"
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
-_TYPES = {"U8": "<u1", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+_TYPES = {"I64": "<i8", "F64": "<f8", "I32": "<i4", "U8": "<u1"}  # in the order in which safetensors stores them
 
 
 def sha256(path: Path) -> str:
@@ -172,12 +172,12 @@ def create(path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dic
     file its name. layout: safetensors' type and the shape of each."""
     header: dict[str, dict[str, Any]] = {}
     at = 0
-    for name in sorted(layout, key=lambda name: (-np.dtype(_TYPES[layout[name][0]]).itemsize, name)):  # keeps alignment
+    for name in sorted(layout, key=lambda name: ([*_TYPES].index(layout[name][0]), name)):
         code, shape = layout[name]
         stop = at + int(np.prod(shape)) * np.dtype(_TYPES[code]).itemsize
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, stop]}
         at = stop
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file = path / f"{INDEX}.part"
     with open(file, "wb") as new:
