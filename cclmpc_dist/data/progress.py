@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 EVERY_SECONDS = 30.0
@@ -38,9 +39,9 @@ class Progress:
 
     def _line(self, seconds: float) -> str:
         rate = (self.done - self.before) / seconds
-        left = (self.total - self.done) / rate / 60
+        left = timedelta(seconds=round((self.total - self.done) / rate))
         speed = f"{rate:.3g} cases/s, {self.bytes / 1e6 / seconds:.3g} MB/s"
-        return f"{self.title}: {self.done} of {self.total} cases, {speed}, {left:.0f} min left"
+        return f"{self.title}: {self.done} of {self.total} cases, {speed}, {left} left"
 
 
 def _bar() -> Any:

@@ -6,11 +6,13 @@ a shard's first case is the first that the shard before had no room for: so byte
 where a build was stopped.
 """
 
+import errno
 import hashlib
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -72,7 +74,12 @@ def write_part(
         return None
     with _workplace(part, said):
         part.write(said)
-        found = _Build(part, own, settings, said, workers).finish()
+        try:
+            found = _Build(part, own, settings, said, workers).finish()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f"{out}: {error.strerror}: make room, and the same command goes on") from None
         part.write(said, inputs=inputs(own), **found)
     return read_record(part.record)
 
@@ -254,10 +261,12 @@ class _Shards:
             return
         if kind is None:
             self._close(self.build.part.stop)
-        else:
-            self._tar.close()
+            return
+        self._sink.file = io.BytesIO()  # the tar's end goes nowhere: the disk may be full
+        self._tar.close()
+        with suppress(OSError):  # what is left in the buffer
             self._file.close()
-            self._path.unlink()
+        self._path.unlink()
 
     def skip(self, key: str, why: str) -> int:
         """List a case that is left out."""
