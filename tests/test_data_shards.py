@@ -322,7 +322,7 @@ def test_a_patient_in_both_splits_is_found(tmp_path):
     index = write(tmp_path / "out", cases)
     assert verify(index.path) == []
     rewrite(index, split=np.array([0, 0, 0, 1], np.uint8))
-    told = [line for line in verify(index.path) if "patient" in line]
+    told = [line for line in verify(index.path) if "its patient" in line]
     assert [line.partition("case case-003: ")[2] for line in told] == [
         "its patient A is in the other split too (case case-000): shard again with another --val-last"
     ]
