@@ -56,8 +56,8 @@ def settled(settings: dict[str, Any]) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first setting in which two builds differ, in words."""
-    name = next(name for name in new if old.get(name) != new[name])
-    return "other cases" if name == "keys" else f"{name} = {old.get(name)}, not {new[name]}"
+    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+    return "other cases" if name == "keys" else f"{name} = {old.get(name)}, not {new.get(name)}"
 
 
 def inputs(cases: Sequence[Handle]) -> str:
