@@ -31,7 +31,10 @@ class Waiting:
         return numbered(self.number + 1)[-1]
 
 
-if __name__ == "__main__":
-    out, gate, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def build(out: Path, gate: Path, workers: int) -> None:
     cases = numbered(10)
     write(out, [*cases[:7], Waiting(7, gate), *cases[8:]], workers=workers)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
