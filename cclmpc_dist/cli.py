@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +32,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the
 def shard(
     source: Annotated[str, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
     format: Annotated[Literal["la-h5", "phantom"], typer.Option(help="what the corpus is")],
-    out: Annotated[Path, typer.Option(help="new folder for the shards and their index")],
+    out: Annotated[Path, typer.Option(help="new folder for the shards and their index, or one begun before")],
     list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases and their order")] = None,
     labelled: Annotated[int | None, typer.Option(min=1, help="the first N training cases count as labelled")] = None,
     val_last: Annotated[int, typer.Option(min=0, help="the last N cases are for reports only")] = 0,
@@ -39,31 +41,68 @@ def shard(
     ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, help="largest shard in MiB")] = 64,
     compress: Annotated[Literal["none", "zstd"], typer.Option(help="zstd saves space and costs crop speed")] = "none",
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="a case that cannot be used: stop, or list it in skipped.json")
+    ] = "fail",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes that read and encode; unset: the cores it may use")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="i/N: only the i-th run of cases; `cclmpc merge` joins all N", metavar="I/N")
+    ] = "1/1",
     seed: Annotated[int, typer.Option(help="of the phantom")] = 0,
     size: Annotated[int, typer.Option(min=16, help="edge of the phantom's volumes in voxels")] = 64,
 ) -> None:
-    """Write a corpus as WebDataset shards with an index."""
-    from cclmpc_dist.data import phantom, shards, sources
+    """Write a corpus as WebDataset shards with an index.
 
+    After a stop or a kill the same command goes on; shards that are complete stay. Bytes depend neither on that nor
+    on the number of workers.
+    """
+    from cclmpc_dist.data import phantom, shards, sources
+    from cclmpc_dist.data.case import Handle
+    from cclmpc_dist.data.merge import merge
+    from cclmpc_dist.data.parts import Settings
+
+    number, parts = _part(part)
+    cases: Sequence[Handle]
     if format == "phantom":
         if not source.isdigit() or list_file is not None:
             raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list")
         cases = phantom.cases(int(source), seed, size)
     else:
         cases = sources.la_h5(source, list_file)
-    index = shards.write(
-        cases,
-        out,
-        source=format,
-        classes=classes,
-        labelled=labelled,
-        val_last=val_last,
-        shard_bytes=shard_mib << 20,
-        compress=compress,
-    )
-    counts = index.manifest["counts"]
-    print(f"{out}: {counts['samples']} cases in {len(index.manifest['shards'])} shards, {counts['labelled']} labelled, "
-          f"{counts['val']} for reports only, {index.classes} classes")  # fmt: skip
+    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts)
+    record = shards.write_part(cases, out, settings, number, workers or len(os.sched_getaffinity(0)))
+    if record is None:
+        print(f"{out}: complete already")
+    if parts == 1:
+        _sharded(out, merge(out).manifest)
+    elif record is not None:
+        print(f"{out}: part {part}: {record['written']} cases in {record['shards']} shards, "
+              f"{record['left_out']} left out")  # fmt: skip
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= parts:
+        raise InputError(f"--part {text}: give I/N, I from 1 to N, as in 2/8")
+    return number, parts
+
+
+def _sharded(out: Path, manifest: dict[str, Any]) -> None:
+    counts, skipped = manifest["counts"], manifest["skipped"]
+    listed = f", {skipped} left out ({out / 'skipped.json'} says why)" if skipped else ""
+    print(f"{out}: {counts['samples']} cases in {len(manifest['shards'])} shards, {counts['labelled']} labelled, "
+          f"{counts['val']} for reports only, {manifest['classes']} classes{listed}")  # fmt: skip
+
+
+@app.command()
+def merge(out: Annotated[Path, typer.Argument(help="folder into which every part was written")]) -> None:
+    """Make one corpus of the parts that `cclmpc shard --part I/N` wrote; moves and copies no shard."""
+    from cclmpc_dist.data import merge as room
+
+    _sharded(out, room.merge(out).manifest)
 
 
 @app.command()

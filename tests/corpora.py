@@ -40,3 +40,8 @@ def write_h5(folder: Path, key: str, **arrays: np.ndarray) -> Path:
         for name, values in arrays.items():
             file.create_dataset(name, data=values, compression="gzip")
     return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

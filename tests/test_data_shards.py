@@ -315,6 +315,19 @@ def test_manifest_that_hides_or_invents_the_crop_by_label(tmp_path, cropped):
     assert f"cropped_by_label = {json.dumps(not cropped)}, written as {json.dumps(cropped)}" in problem
 
 
+def test_a_patient_in_both_splits_is_found(tmp_path):
+    cases = numbered(4)
+    for number in (0, 3):
+        cases[number].meta["patient"] = "A"
+    index = write(tmp_path / "out", cases)
+    assert verify(index.path) == []
+    rewrite(index, split=np.array([0, 0, 0, 1], np.uint8))
+    told = [line for line in verify(index.path) if "its patient" in line]
+    assert [line.partition("case case-003: ")[2] for line in told] == [
+        "its patient A is in the other split too (case case-000): shard again with another --val-last"
+    ]
+
+
 def test_sample_whose_json_says_otherwise_is_found(corpus):
     at, size = int(corpus["json_at"][1]), int(corpus["json_bytes"][1])
     text = corpus.shard_path(0).read_bytes()[at : at + size]

@@ -202,11 +202,11 @@ def test_checkpoints_by_the_clock(toy_corpus: Path, tmp_path: Path) -> None:
 
 def test_two_dimensional_images_train(tmp_path: Path, alone: None) -> None:
     """Slices of the phantom with two channels."""
-    cases = (
+    cases = [
         Case(case.key, np.concatenate([case.image[..., 16], case.image[..., 17]]), case.label[..., 16], (1.0, 1.0), {})
-        for case in phantom.cases(6, 0, 40)
+        for case in (handle.read() for handle in phantom.cases(6, 0, 40))
         if case.label is not None
-    )
+    ]
     shards.write(cases, tmp_path / "slices", source="test", labelled=2)
     raw = toy.settings(tmp_path / "slices", tmp_path, data__patch=[32, 32], data__batch_labelled=2,
                        data__batch_unlabelled=2, budget__images=40, model__swin__window=[2, 2], ema=0.5)  # fmt: skip

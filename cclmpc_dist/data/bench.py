@@ -12,6 +12,7 @@ import torch
 
 from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.data.case import Case
+from cclmpc_dist.data.encode import Compression
 from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import Batch, Stream
 from cclmpc_dist.data.sources import LA_FILE, la_h5
@@ -96,7 +97,7 @@ def _copy(source: Batch, target: Batch) -> None:
         tensor.copy_(source[name])
 
 
-def _stream(out: Path, files: list[Path], patch: tuple[int, ...], batch: int, compress: shards.Compression) -> Stream:
+def _stream(out: Path, files: list[Path], patch: tuple[int, ...], batch: int, compress: Compression) -> Stream:
     keys = out.with_name(out.name + ".list")
     keys.write_text("\n".join(file.parent.name for file in files))
     cases = la_h5(files[0].parent.parent, keys)
@@ -106,7 +107,7 @@ def _stream(out: Path, files: list[Path], patch: tuple[int, ...], batch: int, co
 
 def _files(work: Path, folder: str | Path | None, list_file: str | Path | None, count: int, size: int) -> list[Path]:
     if folder is not None:
-        keys = [case.key for case, _ in zip(la_h5(folder, list_file), range(count), strict=False)]
+        keys = [file.key for file in la_h5(folder, list_file)[:count]]
         return [Path(folder) / key / LA_FILE for key in keys]
     return [_write_h5(work / "h5", phantom.case(number, size=size)) for number in range(count)]
 

@@ -34,7 +34,7 @@ INDEX = "index.safetensors"
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
-_TYPES = {"U8": "<u1", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+_TYPES = {"I64": "<i8", "F64": "<f8", "I32": "<i4", "U8": "<u1"}  # in the order in which safetensors stores them
 
 
 def sha256(path: Path) -> str:
@@ -59,7 +59,7 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, check: bool = True) -> "Index":
-        """The index of a folder that `shards.write` made.
+        """The index of a folder that `shards.write` or `merge` made.
 
         With `check`, the index is hashed and every shard must be there in full size. Raises InputError naming
         the file.
@@ -167,14 +167,38 @@ def edited(path: Path, entry: str, said: Any, true: Any) -> str:
     return f"{path / MANIFEST}: {entry} = {json.dumps(said)}, written as {was}: put {was} back, or shard again"
 
 
-def save(path: Path, columns: dict[str, np.ndarray], manifest: dict[str, Any]) -> Index:
-    """Write index and manifest, the manifest last: a folder without one is no corpus."""
-    from safetensors.numpy import save as to_bytes
+def create(path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """Columns of zeros for a new index, mapped for writing: they need not fit into memory. `seal` gives the
+    file its name. layout: safetensors' type and the shape of each."""
+    header: dict[str, dict[str, Any]] = {}
+    at = 0
+    for name in sorted(layout, key=lambda name: ([*_TYPES].index(layout[name][0]), name)):
+        code, shape = layout[name]
+        stop = at + int(np.prod(shape)) * np.dtype(_TYPES[code]).itemsize
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file = path / f"{INDEX}.part"
+    with open(file, "wb") as new:
+        new.write(len(text).to_bytes(8, "little") + text)
+        new.truncate(8 + len(text) + at)
+    body = np.memmap(file, np.uint8, "r+").view(np.ndarray)[8 + len(text) :]
+    return {name: _view(body, entry) for name, entry in header.items()}
 
-    replace(path / INDEX, to_bytes({name: np.ascontiguousarray(array) for name, array in columns.items()}))
-    manifest = {**manifest, "index_sha256": sha256(path / INDEX)}
-    replace(path / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-    return Index.open(path)
+
+def seal(path: Path, manifest: dict[str, Any]) -> None:
+    """Complete the index of `create` and write the manifest, last: a folder without one is no corpus."""
+    part = path / f"{INDEX}.part"
+    with open(part, "r+b") as file:
+        os.fsync(file.fileno())
+    part.rename(path / INDEX)
+    replace(path / MANIFEST, pretty(manifest | {"index_sha256": sha256(path / INDEX)}))
+
+
+def pretty(value: Any) -> bytes:
+    """JSON for people too, always the same bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def replace(path: Path, data: bytes) -> None:

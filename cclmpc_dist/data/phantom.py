@@ -6,7 +6,7 @@ segment; a bias field, blur and noise follow. All of it [F]. Images are 8-bit gr
 256 evenly spaced values, as LA's are.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -18,10 +18,30 @@ from cclmpc_dist.data.draws import philox
 SPACING = (1.25, 1.25, 1.25)  # mm
 
 
-def cases(count: int = 16, seed: int = 0, size: int = 64) -> Iterator[Case]:
+@dataclass(frozen=True)
+class Phantom:
+    """The handle of case `number`."""
+
+    number: int
+    seed: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        return f"phantom-{self.number:04d}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"seed {self.seed} size {self.size}"
+
+    def read(self) -> Case:
+        return case(self.number, self.seed, self.size)
+
+
+def cases(count: int = 16, seed: int = 0, size: int = 64) -> list[Phantom]:
     """`count` cases, a pure function of (seed, number). Each axis has `size` voxels, give or take an
     eighth."""
-    return (case(number, seed, size) for number in range(count))
+    return [Phantom(number, seed, size) for number in range(count)]
 
 
 def case(number: int, seed: int = 0, size: int = 64) -> Case:

@@ -1,36 +1,37 @@
 """Cases -> WebDataset shards and their index. Two builds of the same cases are the same bytes.
 
 A sample is `<key>.image.npy` (C, *S), `<key>.label.npy` (*S) where there is a label, and `<key>.json`;
-compressed shards hold `.npy.zst`. Images are stored as uint8 or int16 where value = offset + scale * stored
-gives them back, else as float32.
+compressed shards hold `.npy.zst`. Workers read, check and encode; one process writes, in the order of the cases, and
+a shard's first case is the first that the shard before had no room for: so bytes depend neither on the workers nor on
+where a build was stopped.
 """
 
+import errno
 import hashlib
 import io
-import json
 import os
-import re
-from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import numpy as np
-
-from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.index import DTYPES, FOREGROUND, TRAIN, VAL, VERSION, Index, save, summary
+from cclmpc_dist.data.case import Handle
+from cclmpc_dist.data.encode import Compression, Sample, encode
+from cclmpc_dist.data.index import MANIFEST, Index, sha256
+from cclmpc_dist.data.merge import merge
+from cclmpc_dist.data.parts import PARTS, Part, Piece, Rows, Settings, difference, inputs, locked, read_record, settled
+from cclmpc_dist.data.progress import Progress
+from cclmpc_dist.data.workers import ordered
 from cclmpc_dist.errors import InputError
 
-TOLERANCE = 1e-3  # of a step between stored values; LA's float32 rounding stays below 2e-5
 MIB = 1 << 20
 TAR_BLOCK = 512
-ZSTD_LEVEL = 3
-Compression = Literal["none", "zstd"]
 
 
 def write(
-    cases: Iterable[Case],
+    cases: Sequence[Handle],
     out: str | Path,
     *,
     source: str,
@@ -39,118 +40,195 @@ def write(
     val_last: int = 0,
     shard_bytes: int = 64 * MIB,
     compress: Compression = "none",
+    on_error: Literal["fail", "skip"] = "fail",
+    workers: int = 1,
 ) -> Index:
-    """Write a corpus to the empty or new folder `out` and open its index.
+    """Write a corpus to the empty or new folder `out`, or finish the one that was begun there, and open its index.
 
     classes: labels lie in [0, classes); unset is the largest label + 1, at least 2. labelled: the first N
     training cases count as labelled, unset every one that has a label; runs can choose otherwise. val_last:
-    the last N cases are for reports only. A shard closes before it would exceed `shard_bytes`. Raises
-    InputError naming the case; a build that fails leaves nothing.
+    the last N cases are for reports only. A shard closes before it would exceed `shard_bytes`. on_error: a case
+    that cannot be used ends the build, or is left out and listed. workers: processes that read and encode.
+    Raises InputError naming the case; a build that fails before its first shard is full leaves nothing.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not empty: remove it or choose another folder")
-    with _whole(out):
-        corpus = _Columns(classes)
-        with _Shards(out, shard_bytes) as shards:
-            for case in cases:
-                corpus.check(case)
-                stored, scale, offset = quantise(case.image)
-                members = _members(case, stored, scale, offset, compress)
-                corpus.add(case, stored, scale, offset, *shards.add(case.key, members))
-        columns = corpus.finish(labelled, val_last)
-        manifest = {
-            "version": VERSION, "format": "webdataset", "source": source, "compress": compress,
-            "cropped_by_label": corpus.cropped_by_label, "shards": shards.done,
-        }  # fmt: skip
-        return save(out, columns, manifest | summary(columns))
+    settings = Settings(source, classes, labelled, val_last, shard_bytes, compress, on_error)
+    write_part(cases, out, settings, workers=workers)
+    return merge(out)
+
+
+def write_part(
+    cases: Sequence[Handle], out: str | Path, settings: Settings, number: int = 1, workers: int = 1
+) -> dict[str, Any] | None:
+    """Write part `number` of `settings.parts`, counted from 1, or what is missing of it, for `merge`.
+
+    cases: of the whole corpus; a part takes a run of them. Shards that are there with the right hash are kept
+    unless a case in them has changed. Returns the part's record: shards, cases `written` and `left_out`; None
+    where the merged corpus is there already. Raises InputError.
+    """
+    part = Part(Path(out), number, settings.parts, len(cases))
+    said = settings.of(cases)
+    _check(cases, settings)
+    own = cases[part.first : part.stop]
+    if (part.out / MANIFEST).is_file():
+        _same_as_complete(part, said, inputs(own))
+        return None
+    with _workplace(part, said):
+        part.write(said)
+        try:
+            found = _Build(part, own, settings, said, workers).finish()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f"{out}: {error.strerror}: make room, and the same command goes on") from None
+        part.write(said, inputs=inputs(own), **found)
+    return read_record(part.record)
+
+
+def _check(cases: Sequence[Handle], settings: Settings) -> None:
+    """Refuse at once what can be told before a case is read."""
+    if not cases:
+        raise InputError("the corpus holds no cases: nothing to write")
+    if settings.val_last >= len(cases):
+        raise InputError(f"--val-last {settings.val_last} leaves none of {len(cases)} cases to train on: lower it")
+    key, count = Counter(case.key for case in cases).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"case {key}: comes {'twice' if count == 2 else f'{count} times'}: rename one")
+
+
+def _same_as_complete(part: Part, said: dict[str, Any], own: str) -> None:
+    """Refuse to write to a corpus that was made of other cases or with other settings."""
+    manifest = Index.open(part.out, check=False).manifest
+    settings, hashes = manifest.get("settings", {}), manifest.get("inputs", [])
+    if settings != said or hashes[part.number - 1] != own:
+        what = difference(settings, said) if settings != said else "files of other sizes"
+        raise InputError(f"{part.out}: exists and holds a corpus made with {what}: remove it or choose another folder")
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[None]:
-    """Make the folder `out`, in which nothing lies, and take back what was made if the block fails."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for file in out.iterdir():
-            file.unlink()
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+def _workplace(part: Part, said: dict[str, Any]) -> Iterator[None]:
+    """Make the folder if need be. Where the block fails before there is a shard to keep, take back what was made."""
+    out = part.out
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PARTS).is_dir())):
+        raise InputError(f"{out}: exists and is not empty: remove it or choose another folder")
+    made = [folder for folder in (out / PARTS, out, *out.parents) if not folder.exists()]
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    _same_as_begun(part, said)
+    with locked(part):
+        try:
+            yield
+        except BaseException:
+            if not any(part.pieces()):
+                part.forget()
+                for folder in made if part.count == 1 else ():
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+            raise
 
 
-def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """(stored, scale, offset): stored is uint8 or int16 where offset + scale * stored gives `image` back to
-    TOLERANCE of a step, else float32 with scale 1 and offset 0."""
-    values = _distinct(image)
-    if values is None:
-        return image.astype("<f4"), 1.0, 0.0
-    if image.dtype.kind in "iub" or np.array_equal(values, np.round(values)):
-        for dtype in DTYPES[:2]:
-            if values[0] >= np.iinfo(dtype).min and values[-1] <= np.iinfo(dtype).max:
-                return image.astype(dtype), 1.0, 0.0
-    scale = _step(values)
-    if scale is None:
-        return image.astype("<f4"), 1.0, 0.0
-    offset, levels = float(values[0]), round((values[-1] - values[0]) / scale)
-    dtype = DTYPES[0] if levels < 256 else DTYPES[1]
-    offset -= np.iinfo(dtype).min * scale  # level 0 is the type's smallest value
-    return np.round((image - offset) / scale).astype(dtype), float(scale), float(offset)
+def _same_as_begun(part: Part, said: dict[str, Any]) -> None:
+    """Compare with what the parts that were begun here say; the part's own record may be torn."""
+    for file in sorted((part.out / PARTS).glob("*-of-*.json")):
+        try:
+            begun = settled(read_record(file)["settings"])
+        except InputError:
+            continue
+        if begun != settled(said):
+            what = difference(begun, settled(said))
+            raise InputError(f"{part.out}: begun with {what}: give what was given, or remove the folder")
 
 
-def _distinct(image: np.ndarray) -> np.ndarray | None:
-    """The sorted distinct values, float64, or None where they cannot fit 16 bits. A sample of them tells most
-    noise apart."""
-    if len(np.unique(image.reshape(-1)[: 1 << 18])) > 1 << 16:
-        return None
-    values = np.unique(image)
-    return None if len(values) > 1 << 16 else values.astype(np.float64)
+class _Build:
+    """One part in the making."""
 
+    def __init__(
+        self, part: Part, own: Sequence[Handle], settings: Settings, said: dict[str, Any], workers: int
+    ) -> None:
+        self.part, self.own, self.settings, self.workers = part, own, settings, workers
+        self.settled = settled(said)
+        self.judged = [settings.classes, settings.on_error]
+        self.form: list[int] = []  # channels, axes
+        self.written = 0
 
-def _step(values: np.ndarray) -> float | None:
-    """The spacing of evenly spaced values (gaps allowed), None where there is none of at most 65536
-    levels."""
-    if len(values) < 2:
-        return 1.0
-    span, smallest = values[-1] - values[0], np.diff(values).min()
-    for part in (1, 2, 3, 4):  # the smallest gap may itself be a few steps
-        if not span * part / smallest < 1 << 16:
+    def finish(self) -> dict[str, Any]:
+        """Write what is missing; the part's number of shards, and the cases that no shard's piece can list."""
+        number, at = self._kept()
+        for leftover in self.part.leftovers(number):
+            leftover.unlink()
+        work = partial(_try, classes=self.settings.classes, compress=self.settings.compress)
+        todo = self._cases(at, self.part.stop)
+        shards = _Shards(self, number, at)
+        title = "shard" if self.part.count == 1 else f"shard {self.part}"
+        outcomes = ordered(work, todo, min(self.workers, max(1, len(todo))))
+        with Progress(title, len(self.own), len(self.own) - len(todo)) as progress, shards, closing(outcomes):
+            for case, (handle, outcome) in enumerate(zip(todo, outcomes, strict=True), at):
+                sample = self._alike(outcome)
+                if isinstance(sample, Sample):
+                    self.written += 1
+                    progress.step(shards.add(case, sample))
+                elif self.settings.on_error == "fail":
+                    raise InputError(sample)
+                else:
+                    progress.step(shards.skip(handle.key, sample))
+        counts = {"written": self.written, "left_out": len(self.own) - self.written}
+        return {"shards": shards.number, "skipped": shards.rows.skipped, **counts}
+
+    def _alike(self, sample: Sample | str) -> Sample | str:
+        """The sample, or why there is none that goes with those before."""
+        if isinstance(sample, str):
+            return sample
+        form = [sample.shape[0], len(sample.shape) - 1]
+        self.form = self.form or form
+        if form == self.form:
+            return sample
+        said = f"(channels, axes) are {tuple(form)}, those before have {tuple(self.form)}"
+        return f"case {sample.key}: {said}: make them alike"
+
+    def _kept(self) -> tuple[int, int]:
+        """(number of shards that need not be written again, first case that is in none of them)."""
+        entries: list[dict[str, Any]] = []
+        stops = [self.part.first]
+        while told := self._fitting(len(entries), stops[-1]):
+            entries.append(told["shard"])
+            stops.append(told["stop"])
+            self.form = told["form"]
+        files = [self.part.shard(number) for number in range(len(entries))]
+        whole = 0
+        with closing(ordered(sha256, files, self.workers if len(files) > 1 else 1)) as digests:
+            while whole < len(files) and next(digests) == entries[whole]["sha256"]:
+                self.written += entries[whole]["samples"]
+                whole += 1
+        return whole, stops[whole]
+
+    def _fitting(self, number: int, first: int) -> dict[str, Any] | None:
+        """What the piece of a shard that begins with case `first` tells, if this build would write the same."""
+        piece = Piece.load(self.part.piece(number))
+        file = self.part.shard(number)
+        if piece is None or not file.is_file() or file.stat().st_size != piece.told["shard"]["bytes"]:
             return None
-        scale = span / max(1, round(span * part / smallest))
-        for _ in range(3):  # rounding of the smallest gap: refit to the whole span
-            level = np.round((values - values[0]) / scale)
-            scale = span / level[-1]
-        if level[-1] < 1 << 16 and np.abs(values[0] + scale * level - values).max() <= TOLERANCE * scale:
-            return float(scale)
-    return None
+        told = piece.told
+        judged_alike = told["judged"] == self.judged
+        fits = judged_alike or (not told["skipped"] and told["top"] < (self.settings.classes or 256))
+        same = (told["settings"], told["first"]) == (self.settled, first)
+        return told if fits and same and told["inputs"] == inputs(self._cases(first, told["stop"])) else None
+
+    def _cases(self, first: int, stop: int) -> Sequence[Handle]:
+        """The cases of these numbers in the corpus."""
+        return self.own[first - self.part.first : stop - self.part.first]
+
+    def keep(self, rows: Rows, number: int, stop: int, entry: dict[str, Any]) -> None:
+        """Write the piece of shard `number`, which holds cases up to `stop`."""
+        rows.save(
+            self.part.piece(number), shard=entry, stop=stop, inputs=inputs(self._cases(rows.first, stop)),
+            settings=self.settled, judged=self.judged,
+        )  # fmt: skip
 
 
-def _members(case: Case, stored: np.ndarray, scale: float, offset: float, compress: Compression) -> dict[str, bytes]:
-    """Tar members by extension. The JSON tells all that is needed to use a volume without the index."""
-    spacing = [float(size) for size in case.spacing]
-    meta = {
-        "normalisation": "none", "cropped_by_label": False, "patient": case.key,
-        "affine": np.diag([*spacing, *[1.0] * (4 - len(spacing))]).tolist(), **case.meta,
-        "key": case.key, "scale": scale, "offset": offset, "spacing": spacing,
-    }  # fmt: skip
-    arrays = {"image.npy": _npy(stored)} | (
-        {} if case.label is None else {"label.npy": _npy(case.label.astype(np.uint8))}
-    )
-    if compress == "zstd":
-        import zstandard
-
-        packer = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-        arrays = {f"{name}.zst": packer.compress(data) for name, data in arrays.items()}
-    return arrays | {"json": json.dumps(meta, sort_keys=True, allow_nan=False).encode()}
-
-
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
-    return file.getvalue()
+def _try(handle: Handle, classes: int | None, compress: Compression) -> Sample | str:
+    """The sample, or why there is none."""
+    try:
+        return encode(handle, classes, compress)
+    except InputError as error:
+        return str(error)
 
 
 class _Hashing:
@@ -168,199 +246,73 @@ class _Hashing:
 
 
 class _Shards:
-    """Tar files of at most `limit` bytes, each under a temporary name until it is complete."""
+    """Tar files of at most `shard_bytes`, each under a temporary name until it is complete."""
 
-    def __init__(self, out: Path, limit: int) -> None:
-        self.out, self.limit = out, limit
-        self.done: list[dict[str, Any]] = []
+    def __init__(self, build: _Build, number: int, first: int) -> None:
+        self.build, self.limit, self.number = build, build.settings.shard_bytes, number
+        self.rows = Rows(first)
         self._tar: Any = None
 
     def __enter__(self) -> "_Shards":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._tar is None:
+            return
         if kind is None:
-            self.close()
-        elif self._tar is not None:
-            self._tar.close()
+            self._close(self.build.part.stop)
+            return
+        self._sink.file = io.BytesIO()  # the tar's end goes nowhere: the disk may be full
+        self._tar.close()
+        with suppress(OSError):  # what is left in the buffer
             self._file.close()
+        self._path.unlink()
 
-    def add(self, key: str, members: dict[str, bytes]) -> tuple[int, dict[str, tuple[int, int]]]:
-        """Write a sample. Returns its shard and each member's (offset, bytes) by the first word of its
-        extension."""
+    def skip(self, key: str, why: str) -> int:
+        """List a case that is left out."""
+        self.rows.skipped.append({"case": key, "why": why})
+        return 0
+
+    def add(self, case: int, sample: Sample) -> int:
+        """Write a sample; its bytes."""
+        members = sample.members
         size = sum(TAR_BLOCK + _padded(len(data)) for data in members.values())
         if self._tar is not None and self._tar.tarstream.offset + size + 2 * TAR_BLOCK > self.limit:
-            self.close()
+            self._close(case)
         if self._tar is None:
             self._begin()
         places, at = {}, self._tar.tarstream.offset
         for name in sorted(members):  # the order in which TarWriter writes them
             places[name.partition(".")[0]] = (at + TAR_BLOCK, len(members[name]))
             at += TAR_BLOCK + _padded(len(members[name]))
-        self._tar.write({"__key__": key, **members})
+        self._tar.write({"__key__": sample.key, **members})
         assert self._tar.tarstream.offset == at, "a member's header is not one tar block"
         self._tar.tarstream.members.clear()  # tarfile keeps them all
-        self._samples += 1
-        return len(self.done), places
-
-    def close(self) -> None:
-        """Complete the open shard: end of archive, flush to disk, its final name."""
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.rename(self._part.with_suffix(""))
-        digest = self._sink.hash.hexdigest()
-        entry = {
-            "name": self._part.stem,
-            "bytes": self._sink.bytes,
-            "samples": self._samples,
-            "sha256": digest,
-        }
-        self.done.append(entry)
-        self._tar = None
+        self.rows.add(case, sample, places)
+        return size
 
     def _begin(self) -> None:
         from webdataset import TarWriter
 
-        self._part = self.out / f"shard-{len(self.done):06d}.tar.part"
-        self._file = open(self._part, "wb")  # noqa: SIM115 (closed when the shard is full)
-        self._sink, self._samples = _Hashing(self._file), 0
+        path = self.build.part.shard(self.number)
+        self._path = path.with_name(path.name + ".part")
+        self._file = open(self._path, "wb")  # noqa: SIM115 (closed when the shard is full)
+        self._sink = _Hashing(self._file)
         self._tar = TarWriter(self._sink, mtime=0, encoder=False, compress=False)
+
+    def _close(self, stop: int) -> None:
+        """Complete the open shard: end of archive, flush to disk, its final name, its piece."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path = self._path.with_suffix("")
+        self._path.rename(path)
+        digest, samples = self._sink.hash.hexdigest(), len(self.rows.keys)
+        entry = {"name": path.name, "bytes": self._sink.bytes, "samples": samples, "sha256": digest}
+        self.build.keep(self.rows, self.number, stop, entry)
+        self._tar, self.number, self.rows = None, self.number + 1, Rows(stop)
 
 
 def _padded(size: int) -> int:
     return -(-size // TAR_BLOCK) * TAR_BLOCK
-
-
-class _Columns:
-    """The index while it grows: one machine array a column."""
-
-    INTEGERS = (
-        "shard",
-        "image_at",
-        "image_bytes",
-        "label_at",
-        "label_bytes",
-        "json_at",
-        "json_bytes",
-        "dtype",
-    )
-
-    def __init__(self, classes: int | None) -> None:
-        self.limit = classes
-        self.classes = classes or 2
-        self.form = (0, 0)  # channels, dims
-        self.cropped_by_label = False
-        self.integers = {name: array("q") for name in self.INTEGERS}
-        self.shape, self.spacing, self.scale, self.offset = array("q"), array("d"), array("d"), array("d")
-        self.keys: dict[str, None] = {}
-        self.voxels: list[tuple[int, int, np.ndarray]] = []  # row, class, (v, dims)
-
-    def check(self, case: Case) -> None:
-        """Refuse what no run could use, naming the case."""
-        form = (case.image.shape[0], case.image.ndim - 1)
-        if not re.fullmatch(r"[\w\-]{1,80}", case.key, re.ASCII):
-            raise InputError(f"case {case.key!r}: names have up to 80 letters, digits, - and _, no dots: rename it")
-        if case.key in self.keys:
-            raise InputError(f"case {case.key}: comes twice: rename one")
-        if self.keys and form != self.form:
-            raise InputError(
-                f"case {case.key}: (channels, axes) are {form}, those before have {self.form}: make them alike"
-            )
-        if not np.isfinite(case.image).all():
-            raise InputError(f"case {case.key}: the image holds NaN or infinity: repair it or leave it out")
-        if case.label is not None:
-            self._check_label(case)
-        self.form = form
-
-    def _check_label(self, case: Case) -> None:
-        assert case.label is not None
-        if case.label.shape != case.image.shape[1:]:
-            shapes = f"{case.label.shape} and the image {case.image.shape[1:]}"
-            raise InputError(f"case {case.key}: the label has shape {shapes}: they must be the same")
-        low, high = int(case.label.min()), int(case.label.max())
-        if low < 0 or high > 255 or (self.limit and high >= self.limit):
-            top = self.limit or 256
-            raise InputError(
-                f"case {case.key}: label {high if low >= 0 else low} is not in 0..{top - 1}: "
-                "repair it or raise --classes"
-            )
-        self.classes = max(self.classes, high + 1)
-
-    def add(
-        self,
-        case: Case,
-        stored: np.ndarray,
-        scale: float,
-        offset: float,
-        shard: int,
-        places: dict[str, tuple[int, int]],
-    ) -> None:
-        row = {"shard": shard, "dtype": DTYPES.index(stored.dtype)}
-        for part in ("image", "label", "json"):
-            row[f"{part}_at"], row[f"{part}_bytes"] = places.get(part, (0, 0))
-        for name, column in self.integers.items():
-            column.append(row[name])
-        self.shape.extend(stored.shape)
-        self.spacing.extend(case.spacing)
-        self.scale.append(scale)
-        self.offset.append(offset)
-        self.cropped_by_label |= bool(case.meta.get("cropped_by_label", False))
-        if case.label is not None:
-            self.voxels += [(len(self.keys), c, v) for c, v in foreground(case.label)]
-        self.keys[case.key] = None
-
-    def finish(self, labelled: int | None, val_last: int) -> dict[str, np.ndarray]:
-        """The arrays of index.py's docstring."""
-        n, dims = len(self.keys), self.form[1]
-        if not n:
-            raise InputError("the corpus holds no cases: nothing to write")
-        if val_last >= n:
-            raise InputError(f"--val-last {val_last} leaves none of {n} cases to train on: lower it")
-        split = np.where(np.arange(n) < n - val_last, TRAIN, VAL).astype(np.uint8)
-        columns: dict[str, np.ndarray] = {name: np.array(column, np.int64) for name, column in self.integers.items()}
-        columns["dtype"] = columns["dtype"].astype(np.uint8)
-        columns["shard"] = columns["shard"].astype(np.int32)
-        columns["shape"] = np.array(self.shape, np.int32).reshape(n, 1 + dims)
-        columns["spacing"] = np.array(self.spacing).reshape(n, dims)
-        columns |= {"scale": np.array(self.scale), "offset": np.array(self.offset), "split": split}
-        columns["labelled"] = _labelled(columns["label_bytes"] > 0, split, labelled)
-        return columns | self._key_columns() | self._voxel_columns(n, dims)
-
-    def _key_columns(self) -> dict[str, np.ndarray]:
-        names = list(self.keys)
-        at = np.concatenate([[0], np.cumsum([len(name) for name in names])])
-        order = sorted(range(len(names)), key=names.__getitem__)
-        data = np.frombuffer("".join(names).encode(), np.uint8)
-        return {"key_bytes": data, "key_at": at.astype(np.int64), "key_order": np.array(order, np.int64)}
-
-    def _voxel_columns(self, n: int, dims: int) -> dict[str, np.ndarray]:
-        foregrounds = self.classes - 1
-        counts = np.zeros(n * foregrounds + 1, np.int64)
-        for row, label, voxels in self.voxels:
-            counts[row * foregrounds + label] = len(voxels)  # label 1 is the first: one later than its start
-        taken = [np.empty((0, dims), np.int32), *[voxels for _, _, voxels in self.voxels]]
-        return {"voxel_at": np.cumsum(counts), "voxels": np.concatenate(taken).astype(np.int32)}
-
-
-def foreground(label: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(class, (v, dims) voxels) of each class from 1 on, at most FOREGROUND of them, evenly taken in memory
-    order."""
-    result = []
-    for value in np.unique(label[label > 0]):
-        at = np.flatnonzero(label == value)
-        picked = at[np.linspace(0, len(at) - 1, min(FOREGROUND, len(at))).round().astype(np.int64)]
-        result.append((int(value), np.stack(np.unravel_index(picked, label.shape), axis=1)))
-    return result
-
-
-def _labelled(has_label: np.ndarray, split: np.ndarray, count: int | None) -> np.ndarray:
-    candidates = np.flatnonzero(has_label & (split == TRAIN))
-    if count is not None and count > len(candidates):
-        raise InputError(f"--labelled {count}: only {len(candidates)} training cases have a label: lower it")
-    flags = np.zeros(len(split), np.uint8)
-    flags[candidates[:count]] = 1
-    return flags

@@ -1,6 +1,6 @@
-"""Corpora on disk: each source yields Cases, in the order the corpus gives them."""
+"""Corpora on disk: each source lists handles of its cases, in the order the corpus gives them."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,26 @@ LA_FILE = "mri_norm2.h5"
 LA_SPACING = (0.625, 0.625, 0.625)  # mm, the challenge's resampled scans (Xiong et al., 2020)
 
 
-def la_h5(folder: str | Path, list_file: str | Path | None = None) -> Iterator[Case]:
+@dataclass(frozen=True)
+class LaFile:
+    """The handle of `<folder>/<key>/mri_norm2.h5`; its fingerprint is the file's size."""
+
+    folder: Path
+    key: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.key / LA_FILE
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.path.stat().st_size)
+
+    def read(self) -> Case:
+        return _la_case(self.path, self.key)
+
+
+def la_h5(folder: str | Path, list_file: str | Path | None = None) -> list[LaFile]:
     """Cases of `<folder>/<case>/mri_norm2.h5`, the LA corpus as UA-MT's authors publish it.
 
     `list_file` names the cases, one a line, and their order; without it every subfolder is a case, sorted by
@@ -33,7 +52,7 @@ def la_h5(folder: str | Path, list_file: str | Path | None = None) -> Iterator[C
         raise InputError(
             f"{list_file}: case {absent[0]}{others} is not in {folder}: take it off the list or fetch its file"
         )
-    return (_la_case(folder / key / LA_FILE, key) for key in keys)
+    return [LaFile(folder, key) for key in keys]
 
 
 def _listed(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import tarfile
 import tokenize
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def verify(path: str | Path) -> list[str]:
 
     The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
     whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
-    and label range it says.
+    and label range it says. No patient may be in both splits.
     """
     try:
         index = Index.open(path, check=False)
@@ -31,18 +32,26 @@ def verify(path: str | Path) -> list[str]:
     problems = index.problems()
     if problems and INDEX in problems[0]:
         return problems
-    cropped: set[bool] = set()
+    told = _Told()
     for number, shard in enumerate(index.manifest["shards"]):
         file = index.shard_path(number)
         if file.is_file() and file.stat().st_size == shard["bytes"]:
-            problems += _shard(index, number, shard["sha256"], cropped)
+            problems += _shard(index, number, shard["sha256"], told)
     said = index.manifest["cropped_by_label"]
-    if cropped and any(cropped) != said:
-        problems.append(edited(index.path, "cropped_by_label", said, any(cropped)))
+    if told.cropped and any(told.cropped) != said:
+        problems.append(edited(index.path, "cropped_by_label", said, any(told.cropped)))
     return problems
 
 
-def _shard(index: Index, number: int, digest: str, cropped: set[bool]) -> Iterator[str]:
+@dataclass
+class _Told:
+    """What the samples' JSON says that concerns more than the sample: patients by name, with split and case."""
+
+    cropped: set[bool] = field(default_factory=set)
+    patients: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+def _shard(index: Index, number: int, digest: str, told: _Told) -> Iterator[str]:
     """Problems of one shard; what its samples say of their crop is added to `cropped`."""
     file = index.shard_path(number)
     if sha256(file) != digest:
@@ -55,14 +64,14 @@ def _shard(index: Index, number: int, digest: str, cropped: set[bool]) -> Iterat
         yield f"{file}: not a readable tar: copy it again or shard again"
         return
     for row in rows.tolist():
-        for problem in _sample(index, row, file, found, cropped):
+        for problem in _sample(index, row, file, found, told):
             yield f"{file}: case {index.key(row)}: {problem}"
     expected = len(rows) * 2 + int((index["label_bytes"][rows] > 0).sum())
     if len(found) != expected:
         yield f"{file}: holds {len(found)} members, the index names {expected}: shard again"
 
 
-def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]], cropped: set[bool]) -> Iterator[str]:
+def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]], told: _Told) -> Iterator[str]:
     suffix = ".npy.zst" if index.compress == "zstd" else ".npy"
     shape = tuple(index["shape"][row].tolist())
     for part, extension in {"image": suffix, "label": suffix, "json": ""}.items():
@@ -76,7 +85,7 @@ def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]
         elif part == "label":
             yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
         else:
-            yield from _json(_bytes(file, place), index, row, cropped)
+            yield from _json(_bytes(file, place), index, row, told)
 
 
 def _bytes(file: Path, place: tuple[int, int]) -> bytes:
@@ -97,7 +106,7 @@ def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | No
         return None  # numpy reads the header as Python text
 
 
-def _json(data: bytes, index: Index, row: int, cropped: set[bool]) -> Iterator[str]:
+def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
     held = {
         "key": index.key(row), "scale": float(index["scale"][row]), "offset": float(index["offset"][row]),
         "spacing": index["spacing"][row].tolist(),
@@ -105,13 +114,17 @@ def _json(data: bytes, index: Index, row: int, cropped: set[bool]) -> Iterator[s
     try:
         meta = json.loads(data)
         said = {name: meta[name] for name in held}
-        cropped.add(meta["cropped_by_label"])
+        told.cropped.add(meta["cropped_by_label"])
+        patient = meta["patient"]
+        split, other = told.patients.setdefault(patient, (int(index["split"][row]), index.key(row)))
     except (ValueError, KeyError, TypeError):
         yield "its JSON cannot be read: copy the shard again"
         return
     for name, value in held.items():
         if said[name] != value:
             yield f"its JSON says {name} = {said[name]}, the index {value}: shard again"
+    if split != index["split"][row]:
+        yield f"its patient {patient} is in the other split too (case {other}): shard again with another --val-last"
 
 
 def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[str]:

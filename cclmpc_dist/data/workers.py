@@ -1,0 +1,51 @@
+"""A function over many items in several processes, results in order, memory bounded."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from cclmpc_dist.errors import InputError
+
+AHEAD = 2  # results a worker that are under way or wait for an earlier one
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+    """function(item) of each item, in order. One worker is this process. Raises what the function raises."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _attend)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        remedy = "give fewer --workers, and the same command goes on"
+        raise InputError(f"a worker was killed, perhaps for want of memory: {remedy}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _attend() -> None:
+    """Leave an interrupt to the parent, and end with it: a worker would wait for ever for one that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
