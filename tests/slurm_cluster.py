@@ -141,9 +141,14 @@ class Cluster:
 
     def on(self, node: str) -> list[psutil.Process]:
         """A job's processes on a node, with the slurmstepd above each of its tasks."""
-        found = [one for one in psutil.process_iter() if _node_of(one) == node]
+        found = [one for one in psutil.process_iter() if _variable(one, "SLURMD_NODENAME") == node]
         parents = {parent for one in found if (parent := one.parent()) and parent.name().startswith("slurmstepd")}
         return [*parents, *found]
+
+    def of(self, number: int) -> list[psutil.Process]:
+        """A job's processes, whatever they made of their environment."""
+        found = [one for one in psutil.process_iter() if _variable(one, "SLURM_JOB_ID") == str(number)]
+        return list({*found, *(child for one in found for child in _children(one))})
 
     def _configuration(self) -> str:
         host = socket.gethostname().partition(".")[0]
@@ -193,8 +198,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _node_of(process: psutil.Process) -> str | None:
+def _variable(process: psutil.Process, name: str) -> str | None:
+    """Of the environment of a process that lives."""
     try:
-        return process.environ().get("SLURMD_NODENAME") if process.status() != psutil.STATUS_ZOMBIE else None
+        return process.environ().get(name) if process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
