@@ -34,29 +34,28 @@ export RAY_AUTH_MODE=token # anyone who reaches the head's port could run code t
 export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')} # of this job alone
 export RAY_worker_niceness=0 # the nodes are the job's: at Ray's 15 its workers come after everything else
 export RAY_USAGE_STATS_ENABLED=0 # a node sends nothing to Ray's makers
+export RAY_COLOR_PREFIX=0 # the output is a file
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # asked to end, a node does so at once, not after half a minute
 
-export HEAD endpoint
-export -f address
-
-# On the first node until Ray's head listens there.
+# Waits until Ray's head listens on the first node.
 listens() { until (exec 3<>"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>/dev/null; do sleep 1; done; }
-export -f listens
+export HEAD endpoint
+export -f address listens
 
 # One Ray a node. Where Slurm has a node's address as a number Ray takes it, elsewhere that of the way to the head.
-# No data goes through Ray's object store, and no job through its dashboard. --kill-on-bad-exit: a node that loses its
-# Ray ends the job, where the others would wait for it in vain.
+# No data goes through Ray's object store. --kill-on-bad-exit: a node that loses its Ray ends the job, where the others
+# would wait for it in vain.
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --label bash -c '
     if [ "$SLURM_NODEID" = 0 ]; then
         own=$HEAD
-        set -- "$@" --head --port="${endpoint##*:}" --temp-dir="/tmp/ray-$SLURM_JOB_ID" --include-dashboard=false
+        set -- "$@" --head --port="${endpoint##*:}" --temp-dir="/tmp/ray-$SLURM_JOB_ID"
     else
         own=$(address "$SLURMD_NODENAME")
         set -- "$@" --address="$endpoint"
         listens
     fi
     [[ ! $own =~ ^[0-9.]+$ ]] || set -- "$@" --node-ip-address="$own"
-    exec "$@"' ray "${python[@]}" -m ray.scripts.scripts start --block \
+    exec "$@"' ray "${python[@]}" -m ray.scripts.scripts start --block --log-color=false \
     --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --object-store-memory=100000000 \
     &> "$run/ray.log" &
 cluster=$!
@@ -73,8 +72,8 @@ if kill "$driver" 2>/dev/null; then
     echo "$SLURM_JOB_NAME: Ray ended before the run: $run/ray.log and /tmp/ray-$SLURM_JOB_ID on the nodes tell why" >&2
     [ "$code" != 0 ] || code=1
 else
-    kill "$cluster"
+    kill "$cluster" || true
     wait "$cluster" || true
-    srun --ntasks-per-node=1 rm -rf "/tmp/ray-$SLURM_JOB_ID"
+    srun --ntasks-per-node=1 --overlap rm -rf "/tmp/ray-$SLURM_JOB_ID"
 fi
 settle

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -262,6 +263,7 @@ def test_on_ray_asked_to_go_it_comes_back_and_ends_with_the_bits_of_torchrun(
     assert f"going on from step {stopped}" in run.said(), "nothing is lost"
     assert "starting at step 0" in run.said(), "the output is continued, not overwritten"
     assert_gone(daemons)
+    assert not Path(f"/tmp/ray-{number}").exists()
 
 
 @needs_ray
@@ -292,7 +294,9 @@ def test_on_ray_a_node_that_loses_its_ray_ends_the_job_and_it_is_queued_again(ru
     assert "Ray ended before the run" in run.said()
     assert "after a new checkpoint: queued again" in run.said()
     assert_gone(daemons)
+    assert "raylet [exit code=-9]" in (run.folder / "ray.log").read_text()
     run.cluster.ask("scancel", str(number))
+    shutil.rmtree(f"/tmp/ray-{number}")
 
 
 def assert_gone(daemons: list[psutil.Process]) -> None:
