@@ -1,8 +1,7 @@
-# Sourced by the batch scripts that train, after they have set PYTHON, CONTAINER, PROCESSES, INTERFACE and HEAD; their
-# arguments are CONFIG [key=value ...]. Makes the job's environment, $run (the run folder) and $endpoint (HEAD:PORT on
-# the first node), asks the ranks to save when the job must go, and queues it again.
+# Sourced by the batch scripts that train, under `set -eu` and with PYTHON, CONTAINER, PROCESSES, INTERFACE and HEAD set;
+# their arguments are CONFIG [key=value ...]. Makes the job's environment, $run (the run folder) and $endpoint (HEAD:PORT
+# on the first node), asks the ranks to save when the job must go, and queues it again.
 
-set -eu
 asked=
 trap 'asked=1; [ -z "${run:-}" ] || touch "$run/preempt"' USR2
 

@@ -28,6 +28,7 @@ INTERFACE=${INTERFACE:-}                            # network interface between 
 HEAD=${HEAD:-}                                      # address of the first node; unset takes what Slurm calls it
 # ----------------------------------------------------------------------------------------------------------------------
 
+set -eu
 [ $# -gt 0 ] || set -- configs/la.yaml
 source launch/batch.sh
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart in a store with the addresses of the dead fails (pytorch#135712)

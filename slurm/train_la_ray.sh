@@ -28,6 +28,7 @@ INTERFACE=${INTERFACE:-}                            # network interface between 
 HEAD=${HEAD:-}                                      # address of the first node; unset takes what Slurm calls it
 # ----------------------------------------------------------------------------------------------------------------------
 
+set -eu
 [ $# -gt 0 ] || set -- configs/la.yaml
 source launch/batch.sh
 export RAY_AUTH_MODE=token # anyone who reaches the head's port could run code there
