@@ -194,8 +194,8 @@ def doctor(
     """Look at what training here depends on: one line a check, OK, warning or failed, with what to do.
 
     Versions, GPUs, shared memory, cores, bf16 convolutions, the run folder's file system, and whether the ranks meet
-    and how fast they reduce. Alone, or on every rank of torchrun (srun torchrun too) or accelerate launch: rank 0
-    prints, and names the ranks out of line. Exit code 1 where a check failed.
+    and how fast they reduce. Alone, or on every rank of torchrun (srun torchrun too) or accelerate launch; under Ray
+    launch/ray_train.py --doctor. Rank 0 prints, and names the ranks out of line. Exit code 1 where a check failed.
     """
     from cclmpc_dist.distributed import doctor as room
 

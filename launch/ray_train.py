@@ -1,12 +1,15 @@
 """`python launch/ray_train.py --config CONFIG --storage FOLDER [key=value ...]`: `cclmpc train` on the workers of Ray.
 
 The run folder is the truth: a restarted worker group goes on from its newest checkpoint, and Ray is told of the same
-folders, not given copies. docs/ray.md says how to submit it.
+folders, not given copies. With --doctor the workers are looked at instead. docs/ray.md says how to submit it.
 """
 
 import argparse
 import re
 import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
-from cclmpc_dist.cli import BAD_INPUT, PREEMPTED
+from cclmpc_dist.cli import BAD_INPUT, FAILED, PREEMPTED
 from cclmpc_dist.config import Config, load, parse
 from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.distributed import runtime
+from cclmpc_dist.distributed import doctor, runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
@@ -33,42 +36,64 @@ RAYS_RECORD = "checkpoint_manager_snapshot.json"  # in the run folder: the check
 
 
 def main() -> int:
-    """Exit code: 0 done, 75 preempted and saved. Raises InputError for anything a user can mend."""
+    """Exit code: 0 done, 1 the doctor found a failure, 75 preempted and saved. Raises InputError for anything a user
+    can mend."""
     arguments = _arguments()
     config = _at(arguments.storage, load(arguments.config, arguments.overrides))
+    if arguments.doctor:
+        return _examine(config, arguments)
     check(config, arguments.workers)
-    ray.init()
-    try:
-        result = _trainer(config, arguments).fit()
-    except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, InputError):
-            raise error.controller_failure from None
-        raise
+    return _train(config, arguments)
+
+
+def _train(config: Config, arguments: argparse.Namespace) -> int:
+    task = {"config": config.model_dump(mode="json"), "command": sys.argv}
+    options = RunConfig(
+        name=config.name,
+        storage_path=config.runs,  # so that Ray's storage is the run folder
+        failure_config=FailureConfig(max_failures=arguments.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=None),  # checkpoint.keep is what removes old ones
+        callbacks=[NoSecondTry()],
+        worker_runtime_env={"env_vars": WORKERS_ENVIRONMENT},
+    )
+    result = _on_workers(work, task, options, runtime.COLLECTIVE_TIMEOUT, arguments)
     print(f"{config.folder}: {'its budget is spent' if result.return_value else 'preempted and saved'}; "
           f"Ray's newest checkpoint is {result.checkpoint.path if result.checkpoint else None}")  # fmt: skip
     return 0 if result.return_value else PREEMPTED
 
 
-def _trainer(config: Config, arguments: argparse.Namespace) -> TorchTrainer:
+def _examine(config: Config, arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as place:  # Ray wants a storage, and leaves a folder there
+        options = RunConfig(
+            storage_path=place, callbacks=[NoSecondTry()], worker_runtime_env={"env_vars": WORKERS_ENVIRONMENT}
+        )
+        result = _on_workers(look, {"folder": config.runs}, options, doctor.TIMEOUT, arguments)
+    return 0 if result.return_value else FAILED
+
+
+def _on_workers(
+    loop: Callable[[dict[str, Any]], bool], task: dict[str, Any], options: RunConfig, timeout: timedelta,
+    arguments: argparse.Namespace,
+) -> ray.train.Result:  # fmt: skip
+    """Run the loop on the workers asked for. Raises a worker's InputError."""
+    ray.init()
     least, most = arguments.workers
-    return TorchTrainer(
-        work,
-        train_loop_config={"config": config.model_dump(mode="json"), "command": sys.argv},
-        torch_config=TorchConfig(timeout_s=int(runtime.COLLECTIVE_TIMEOUT.total_seconds())),
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
-            use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
-            resources_per_worker={"CPU": arguments.cpus},
-        ),
-        run_config=RunConfig(
-            name=config.name,
-            storage_path=config.runs,  # so that Ray's storage is the run folder
-            failure_config=FailureConfig(max_failures=arguments.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),  # checkpoint.keep is what removes old ones
-            callbacks=[NoSecondTry()],
-            worker_runtime_env={"env_vars": WORKERS_ENVIRONMENT},
-        ),
-    )
+    try:
+        return TorchTrainer(
+            loop,
+            train_loop_config=task,
+            torch_config=TorchConfig(timeout_s=int(timeout.total_seconds())),
+            scaling_config=ScalingConfig(
+                num_workers=most if least == most else (least, most),
+                use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
+                resources_per_worker={"CPU": arguments.cpus},
+            ),
+            run_config=options,
+        ).fit()
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, InputError):
+            raise error.controller_failure from None
+        raise
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,6 +110,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
     parser.add_argument(
         "--max-failures", type=int, default=3, help="restarts after lost workers; -1 for any number (default 3)"
+    )
+    parser.add_argument(
+        "--doctor", action="store_true", help="do not train: look at what training depends on, on these workers"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
     return parser.parse_intermixed_args()
@@ -136,6 +164,11 @@ def work(task: dict[str, Any]) -> bool:
     finished = trainer.train(config, reporter.listen)
     reporter.report()
     return finished
+
+
+def look(task: dict[str, Any]) -> bool:
+    """One rank of the doctor. True where nothing failed."""
+    return doctor.examine(Path(task["folder"]))
 
 
 class Reporter:

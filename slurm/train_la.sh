@@ -29,38 +29,10 @@ HEAD=${HEAD:-}                                      # address of the first node;
 # ----------------------------------------------------------------------------------------------------------------------
 
 set -eu
-asked=
-trap 'asked=1; [ -z "${run:-}" ] || touch "$run/preempt"' USR2
-
-python=("$PYTHON")
-[ -z "$CONTAINER" ] || python=(apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} "$CONTAINER" python)
 [ $# -gt 0 ] || set -- configs/la.yaml
-
-export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1)) # torchrun would take 1
-export NCCL_DEBUG=WARN # says why a connection failed, and nothing while all is well
+source launch/batch.sh
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart in a store with the addresses of the dead fails (pytorch#135712)
-export PYTHONFAULTHANDLER=1 # a crash in native code leaves a Python stack
-export CCLMPC_GRACE_SECONDS=$(sed -n 's/^#SBATCH --signal=B:USR2@//p' "$0") # lets the run check its time to save
-if [ -n "$INTERFACE" ]; then
-    export NCCL_SOCKET_IFNAME=$INTERFACE # the first interface found can be one that leads to no other node
-    export GLOO_SOCKET_IFNAME=$INTERFACE # gloo takes the host name's, which is often the loopback
-fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-HEAD=${HEAD:-$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')}
-run=$("${python[@]}" launch/run_folder.py "$@")
-endpoint=$("${python[@]}" launch/rendezvous.py "$HEAD" "$SLURM_JOB_ID")
-
-newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1; }
-again() {
-    echo "train_la.sh: $1: queued again"
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
-    echo "train_la.sh: this cluster does not requeue: submit the job again to go on" >&2
-    exit 75
-}
-
-[ -z "$asked" ] || again "asked to go before the start"
-before=$(newest)
 # --cpus-per-task: srun does not take it over from sbatch, and would bind a node's ranks to one core.
 # --kill-on-bad-exit: a killed agent ends the job, where the others would wait for it in vain.
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 bash -c '
@@ -72,8 +44,5 @@ srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exi
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" \
     launch/train.py "$@" &
 
-while asked=; code=0; wait $! || code=$?; [ -n "$asked" ]; do :; done # a trapped signal interrupts wait
-
-[ ! -e "$run/preempted" ] || again "saved at step $(cat "$run/preempted")"
-[ "$code" = 0 ] || [ "$(newest)" = "$before" ] || again "ended with $code after a new checkpoint"
-exit "$code"
+await $!
+settle

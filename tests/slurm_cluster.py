@@ -141,9 +141,15 @@ class Cluster:
 
     def on(self, node: str) -> list[psutil.Process]:
         """A job's processes on a node, with the slurmstepd above each of its tasks."""
-        found = [one for one in psutil.process_iter() if _node_of(one) == node]
+        found = [one for one in psutil.process_iter() if _variables(one, "SLURMD_NODENAME") == (node,)]
         parents = {parent for one in found if (parent := one.parent()) and parent.name().startswith("slurmstepd")}
         return [*parents, *found]
+
+    def of(self, number: int) -> list[psutil.Process]:
+        """A job's processes, whatever they made of their environment."""
+        mine = (str(number), self.environment["SLURM_CONF"])
+        found = [one for one in psutil.process_iter() if _variables(one, "SLURM_JOB_ID", "SLURM_CONF") == mine]
+        return list({*found, *(child for one in found for child in _children(one))})
 
     def _configuration(self) -> str:
         host = socket.gethostname().partition(".")[0]
@@ -193,8 +199,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _node_of(process: psutil.Process) -> str | None:
+def _variables(process: psutil.Process, *names: str) -> tuple[str | None, ...]:
+    """Of the environment of a process, none where it is dead."""
     try:
-        return process.environ().get("SLURMD_NODENAME") if process.status() != psutil.STATUS_ZOMBIE else None
+        environment = process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
+        environment = {}
+    return tuple(environment.get(name) for name in names)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

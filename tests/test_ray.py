@@ -184,3 +184,19 @@ def test_a_client_without_the_token_is_refused(ray: Cluster, tmp_path: Path) -> 
     asked = ray.ask("job", "list", "--address", ray.address, RAY_AUTH_MODE="disabled")
     assert asked.returncode
     assert "Authentication required" in asked.stdout + asked.stderr
+
+
+@pytest.mark.parametrize(("runs", "code"), [("runs", 0), ("file/runs", 1)])
+def test_doctor_looks_at_the_workers(runs: str, code: int, ray: Cluster, tmp_path: Path) -> None:
+    """With the command of the run; the corpus need not be there, and no run folder comes of it."""
+    (tmp_path / "file").touch()
+    output = tmp_path / "output"
+    process = ray.submit("--doctor", "--config", "configs/la.yaml", "--storage", str(tmp_path), "--workers", "2",
+                         f"runs={runs}", output=output)  # fmt: skip
+    assert process.wait(120) == code, output.read_text()
+    said = output.read_text()
+    assert re.search(r"OK +rendezvous +all +2 ranks on 1 machine\(s\) met", said), said
+    assert re.search(r"OK +all-reduce +all", said)
+    assert ("refused to the others" in said) == (code == 0)
+    assert bool(re.search(r"failed +folder write +all .*Not a directory", said)) == (code == 1)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", output]

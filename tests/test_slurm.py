@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import yaml
 from slurm_cluster import Cluster, until
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "slurm/train_la.sh"
+SCRIPT, ON_RAY = "slurm/train_la.sh", "slurm/train_la_ray.sh"
 LAST = "checkpoints/step-000000020"
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the ray extra, which make test-cluster installs")
 
 
 @pytest.fixture(scope="module")
@@ -185,27 +188,31 @@ def test_a_taken_port_gives_way_to_the_next(run: Run) -> None:
         assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
 
 
-def test_with_an_image_all_python_runs_in_it(run: Run, tmp_path: Path) -> None:
-    """A stand-in for apptainer notes what it was asked for and runs it here."""
-    tool = tmp_path / "apptainer"
-    tool.write_text(f'#!/bin/bash\necho "$1 $2 $3 $4" >> {tmp_path}/calls\nexec {sys.executable} "${{@:4}}"\n')
+def image(folder: Path) -> dict[str, str]:
+    """What makes a job take an image: a stand-in for apptainer notes in `calls` what it was asked for, and runs it."""
+    tool = folder / "apptainer"
+    tool.write_text(f'#!/bin/bash\necho "$1 $2 $3 $4" >> {folder}/calls\nexec {sys.executable} "${{@:4}}"\n')
     tool.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    number = run.submit("budget.images=24", CONTAINER="our.sif", PYTHON="/nowhere/python", PATH=path)
+    return {"CONTAINER": "our.sif", "PYTHON": "/nowhere/python", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_with_an_image_all_python_runs_in_it(run: Run, tmp_path: Path) -> None:
+    number = run.submit("budget.images=24", **image(tmp_path))
     assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
     programs = ["launch/run_folder.py", "launch/rendezvous.py", "-m", "-m"]
     assert (tmp_path / "calls").read_text().splitlines() == [f"exec our.sif python {name}" for name in programs]
 
 
 @pytest.mark.parametrize(
-    ("override", "head", "said"),
+    ("script", "override", "head", "said"),
     [
-        ("optim.lr=0.01", "nowhere.invalid", "nowhere.invalid: the first node's name has no address here"),
-        ("optim.lr=fast", "127.0.0.1", "optim.lr = 'fast'"),
+        (SCRIPT, "optim.lr=0.01", "nowhere.invalid", "nowhere.invalid: the first node's name has no address here"),
+        (ON_RAY, "optim.lr=0.01", "nowhere.invalid", "nowhere.invalid: the first node's name has no address here"),
+        (SCRIPT, "optim.lr=fast", "127.0.0.1", "optim.lr = 'fast'"),
     ],
 )
-def test_what_cannot_work_ends_in_one_line(override: str, head: str, said: str, run: Run) -> None:
-    number = run.submit(override, HEAD=head)
+def test_what_cannot_work_ends_in_one_line(script: str, override: str, head: str, said: str, run: Run) -> None:
+    number = run.submit(override, script=script, HEAD=head)
     assert run.cluster.wait_for(number, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
     assert said in run.said()
     assert run.said().count("\n") == 1
@@ -223,3 +230,74 @@ def test_doctor_looks_at_both_nodes(slurm: Cluster, tmp_path: Path) -> None:
     assert job["JobState"] == "COMPLETED", output.read_text()
     assert output.read_text().count("2 ranks on 1 machine(s) met") == 1  # both nodes are this host
     assert "taken by rank 0 and refused to the others" in output.read_text()
+
+
+def test_plain_srun_is_told_of_torchrun(slurm: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    command = f"srun --ntasks=2 {sys.executable} -m cclmpc_dist doctor --folder {tmp_path / 'runs'}"
+    number = slurm.submit("--nodes=2", f"--output={output}", f"--wrap={command}", cwd=ROOT)
+    assert slurm.wait_for(number, "COMPLETED", "FAILED")["ExitCode"] == "2:0", output.read_text()
+    assert output.read_text().count("cclmpc: srun started 2 processes that do not know of one another") == 2
+
+
+# ---- the same job on a Ray cluster of its own --------------------------------------------------------------------
+
+
+@needs_ray
+def test_on_ray_asked_to_go_it_comes_back_and_ends_with_the_bits_of_torchrun(
+    slurm: Cluster, toy_corpus: Path, tmp_path: Path, straight: dict[str, Any]
+) -> None:
+    run = Run(slurm, toy_corpus, tmp_path, checkpoint__every_steps=0)
+    number = run.submit(script=ON_RAY)
+    run.reach(3)
+    daemons = slurm.of(number)
+    assert {one.name() for one in daemons} >= {"gcs_server", "raylet"}
+    slurm.ask("scancel", "--signal=USR2", "--batch", str(number))
+    slurm.start_again(number)
+    stopped = int(re.findall(r"saved at step (\d+): queued again", run.said())[0])
+    assert 3 <= stopped < 20
+    assert not [one for one in daemons if one.is_running()], "the second start has a Ray of its own"
+    run.reach(stopped + 1)
+    daemons = slurm.of(number)
+    run.finish(number, straight)
+    assert f"going on from step {stopped}" in run.said(), "nothing is lost"
+    assert "starting at step 0" in run.said(), "the output is continued, not overwritten"
+    assert_gone(daemons)
+    assert not Path(f"/tmp/ray-{number}").exists()
+
+
+@needs_ray
+def test_on_ray_a_killed_driver_fails_the_job_and_leaves_no_daemon(
+    slurm: Cluster, toy_corpus: Path, tmp_path: Path
+) -> None:
+    """All of whose Python runs in an image. Without a checkpoint of its own it is not queued again."""
+    run = Run(slurm, toy_corpus, tmp_path, checkpoint__every_steps=0)
+    number = run.submit(script=ON_RAY, **image(tmp_path))
+    run.reach(2)
+    daemons = slurm.of(number)
+    driver = next(one for one in daemons if "launch/ray_train.py" in one.cmdline())
+    driver.kill()
+    assert slurm.wait_for(number, "FAILED", "COMPLETED", "PENDING")["ExitCode"] == "137:0", run.said()
+    assert_gone(daemons)
+    programs = ["launch/run_folder.py", "launch/rendezvous.py", "-m", "-m", "launch/ray_train.py"]
+    asked = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(asked) == sorted(f"exec our.sif python {name}" for name in programs)
+
+
+@needs_ray
+def test_on_ray_a_node_that_loses_its_ray_ends_the_job_and_it_is_queued_again(run: Run) -> None:
+    number = run.submit(script=ON_RAY)
+    run.reach(6)
+    daemons = run.cluster.of(number)
+    next(one for one in run.cluster.on("node2") if one.name() == "raylet").kill()
+    run.cluster.wait_for(number, "PENDING")
+    assert "Ray ended before the run" in run.said()
+    assert "after a new checkpoint: queued again" in run.said()
+    assert_gone(daemons)
+    assert "raylet [exit code=-9]" in (run.folder / "ray.log").read_text()
+    run.cluster.ask("scancel", str(number))
+    shutil.rmtree(f"/tmp/ray-{number}")
+
+
+def assert_gone(daemons: list[psutil.Process]) -> None:
+    assert not psutil.wait_procs(daemons, 30)[1]

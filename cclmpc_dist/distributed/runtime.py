@@ -86,6 +86,12 @@ def _launched_world_size() -> int:
             "use torchrun --nproc-per-node N -m cclmpc_dist, or ACCELERATE_USE_CPU=true accelerate launch --multi_gpu; "
             "for one process unset MASTER_ADDR"
         )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if "WORLD_SIZE" not in os.environ and tasks > 1:
+        raise InputError(
+            f"srun started {tasks} processes that do not know of one another: "
+            "start one torchrun a node with it, srun --ntasks-per-node 1 torchrun --nnodes N ..."
+        )
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
