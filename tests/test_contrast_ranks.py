@@ -93,11 +93,11 @@ def one_process(world: int, size: int, layout: str, detached: bool, kind: str) -
     return found
 
 
-def many(rank: int, world: int, size: int) -> dict[str, Results]:
+def many(rank: int, world: int, size: int, device: str = "cpu") -> dict[str, Results]:
     """W * local sum / world's count and its gradient, for every case."""
     group, found = own_group(size), {}
     for how, layout, detached, kind in CASES:
-        data = everything(world, kind)
+        data = {name: value.to(device) for name, value in everything(world, kind).items()}
         weights = data["weights"].clone().requires_grad_()
         mine = {name: value[rank] for name, value in data.items() if name != "weights"}
         if layout == "replicated":
@@ -106,14 +106,26 @@ def many(rank: int, world: int, size: int) -> dict[str, Results]:
         results = {}
         for name, part in losses(mine, weights, **options).items():
             value = world * part.sum / all_reduce_sum(part.count).clamp(min=1)
-            results[name] = value.detach(), torch.autograd.grad(value, weights, retain_graph=True)[0]
+            gradient = torch.autograd.grad(value, weights, retain_graph=True)[0]
+            results[name] = value.detach().cpu(), gradient.cpu()
         found[f"{how} {layout} {detached} {kind}"] = results
     return found
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2)])
 def test_ranks_equal_one_process(world: int, size: int) -> None:
-    ranks = [many(0, 1, 1)] if world == 1 else run_ranks(many, world, size)
+    _equal(world, size, [many(0, 1, 1)] if world == 1 else run_ranks(many, world, size))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (4, 4), (4, 2)])
+def test_gpus_equal_one_process(world: int, size: int) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA devices")
+    _equal(world, size, run_ranks(many, world, size, "cuda", backend="nccl"))
+
+
+def _equal(world: int, size: int, ranks: list[dict[str, Results]]) -> None:
     for how, layout, detached, kind in CASES:
         for name, (value, gradient) in one_process(world, size, layout, detached, kind).items():
             got = [rank[f"{how} {layout} {detached} {kind}"][name] for rank in ranks]
