@@ -191,11 +191,13 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(world: int) -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors that are alive at once, at the peak."""
+    """Bytes of the tensors that are alive at once, at the peak; `given`, and views of them, do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
+        for x in given:
+            x.untyped_storage().seen = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -212,12 +214,14 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-WIDE = {"n": 128, "m": 256, "f": 512, "tile": 16}  # anchors and keys outweigh the logits
+WIDE = [  # anchors and keys outweigh the logits
+    {"n": 128, "m": 256, "f": 512, "tile": 16},
+    {"n": 192, "m": 64, "f": 384, "tile": 8},
+]
 
 
-def held(rank: int, world: int) -> dict[str, tuple[int, int]]:
+def held(rank: int, world: int, n: int, m: int, f: int, tile: int) -> dict[str, tuple[int, int]]:
     """Peak bytes beyond inputs and their gradients, and what the formula says."""
-    n, m, f, tile = WIDE.values()
     generator = torch.Generator().manual_seed(rank)
 
     def leaf(*shape: int) -> Tensor:
@@ -235,7 +239,8 @@ def held(rank: int, world: int) -> dict[str, tuple[int, int]]:
             options |= {"anchor_valid": valid, "anchor_id": torch.arange(n).view_as(valid) + n * rank}
             options |= {"bank_keys": None, "bank_valid": None}
             predicted = costs.cgcl(how, n // classes, classes, f, world, tile=tile, live=live).held
-        with Alive() as alive:
+        given = [*leaves, *(x for x in options.values() if isinstance(x, Tensor))]
+        with Alive(given) as alive:
             term = (sbcl if classes == 1 else cgcl)(*leaves, **options)
             gradients = torch.autograd.grad(term.sum, leaves, allow_unused=True)
         mine = sum(x.nbytes for x in gradients if x is not None)
@@ -244,7 +249,12 @@ def held(rank: int, world: int) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_memory_is_about_that_of_the_formulas(world: int) -> None:
-    for rank in [held(0, 1)] if world == 1 else run_ranks(held, world):
+@pytest.mark.parametrize(
+    "wide",
+    [pytest.param(WIDE[0], id="more keys"), pytest.param(WIDE[1], id="more anchors", marks=pytest.mark.slow)],
+)
+def test_memory_is_that_of_the_formulas(world: int, wide: dict[str, int]) -> None:
+    """A formula that forgets one copy of the anchors is off by more than this."""
+    for rank in [held(0, 1, **wide)] if world == 1 else run_ranks(held, world, *wide.values()):
         for case, (measured, predicted) in rank.items():
-            assert measured == pytest.approx(predicted, rel=0.25), case
+            assert measured == pytest.approx(predicted, rel=0.05), case
