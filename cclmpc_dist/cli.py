@@ -237,14 +237,20 @@ def bench_contrast(
     classes: Annotated[int, typer.Option(min=2)] = 2,
     sweep: Annotated[bool, typer.Option("--sweep", help="other sizes too, one changed at a time: ten minutes")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where to measure; cpu takes one thread")] = "cpu",
+    tf32: Annotated[bool, typer.Option("--tf32", help="matrix products in TF32, on a GPU that has it")] = False,
     out: Out = None,
 ) -> None:
     """Pixel contrast, all logits at once against streamed: seconds, memory, difference of forward and backward."""
+    import torch
+
     from cclmpc_dist.losses.bench import bench_contrast as measure
 
     if keys < anchors:
         raise InputError(f"--keys {keys} is less than --anchors {anchors}: the anchors are keys too, give more")
-    _record(measure(anchors, keys, features, classes, sweep, repeats=repeats), out)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU that torch can use: run `cclmpc doctor`, or take --device cpu")
+    _record(measure(anchors, keys, features, classes, sweep, repeats=repeats, device=device, tf32=tf32), out)
 
 
 def _say(text: str) -> None:

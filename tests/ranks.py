@@ -1,4 +1,4 @@
-"""Real gloo processes inside one test."""
+"""Real processes that meet by gloo, or by NCCL with a GPU each, inside one test."""
 
 import gc
 import os
@@ -15,8 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 
-def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """[fn(rank, world, *args) for every rank], each rank a process of its own in one gloo group.
+def run_ranks(
+    fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, backend: str = "gloo"
+) -> list[Any]:
+    """[fn(rank, world, *args) for every rank], each rank a process of its own in one group.
 
     fn lies at the top of an importable module and returns tensors, numbers, strings or lists, tuples and
     dicts of them. The environment carries RANK, LOCAL_RANK and WORLD_SIZE. Raises AssertionError with the
@@ -25,7 +27,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cclmpc_dist.training.trainer"])  # imported once, not by every rank
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(fn, rank, world, folder, args)) for rank in range(world)]
+        ranks = [context.Process(target=_rank, args=(fn, rank, world, folder, backend, args)) for rank in range(world)]
         try:
             for process in ranks:
                 process.start()
@@ -53,12 +55,14 @@ def _wait(ranks: list[Any], deadline: float) -> None:
         time.sleep(0.02)
 
 
-def _rank(fn: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank(fn: Callable[..., Any], rank: int, world: int, folder: str, backend: str, args: tuple[Any, ...]) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for by accelerate, used by nobody
     os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     warnings.simplefilter("error", FutureWarning)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
         torch.save(fn(rank, world, *args), Path(folder) / f"{rank}.pt")
     except BaseException:

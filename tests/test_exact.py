@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cclmpc_dist.data.index import Index, select
 from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.losses import certainty
+from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training.objective import objective
@@ -19,8 +21,12 @@ from cclmpc_dist.training.objective import objective
 STEPS = 2  # the second meets a filled bank
 
 
-def train_float64(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tensor]:
-    """Losses, gradients of every step and the bank after STEPS steps of plain gradient descent."""
+def train_float64(rank: int, world: int, raw: dict[str, Any], unlabelled: int | None = None) -> dict[str, Tensor]:
+    """Losses, gradients of every step and the bank after STEPS steps of plain gradient descent.
+
+    The labelled image of lane `unlabelled` has no label anywhere. "own." is of each rank by itself: the
+    anchors of CGCL that count.
+    """
     config = toy.parse(raw, "exact")
     index = Index.open(config.data.path)
     cases = select(index, config.data.labelled, 0)
@@ -40,8 +46,12 @@ def train_float64(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tenso
     out: dict[str, Tensor] = {}
     for step, parts in enumerate(zip(*streams, strict=True)):
         batch = {name: _double(to_device(part, "cpu")) for name, part in zip(batches, parts, strict=True)}
+        if unlabelled is not None:
+            batch["labelled"]["label"][batch["labelled"]["lane"] == unlabelled] = IGNORE
         at = 5 + step  # the contrast is on, the consistency ramps
         terms, metrics = method.terms(model, batch, at)
+        if "cgcl" in terms:
+            out[f"own.{step}.anchors"] = terms["cgcl"][0][1].count.detach()
         loss, logged = objective(terms, method.weights(at), metrics)
         loss.backward()
         out |= {f"{step}.{name}": value for name, value in logged.items()}
@@ -79,8 +89,10 @@ def _corner(corpus: Path, world: int, **changes: Any) -> dict[str, Any]:
     return _settings(corpus, ccl_mpc=own | {"contrast": contrast | changes}, **batches)
 
 
-def train_each(rank: int, world: int, settings: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    return [train_float64(rank, world, raw) for raw in settings]
+def train_each(
+    rank: int, world: int, settings: list[dict[str, Any]], unlabelled: int | None = None
+) -> list[dict[str, Tensor]]:
+    return [train_float64(rank, world, raw, unlabelled) for raw in settings]
 
 
 MODES = [("naive", "replicated"), ("keys", "replicated"), ("anchors", "replicated"), ("anchors", "sharded")]
@@ -135,6 +147,60 @@ def test_ccl_mpc_is_exact_without_bank_and_without_certain_pixels(toy_corpus: Pa
     assert one["1.loss/cp"] == 0
 
 
+def smallest_entropies(corpus: Path, world: int) -> Tensor:
+    """(b_U,) the smallest entropy in each unlabelled image at the first step, by lane."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[Tensor] = []
+        partition = certainty.partition
+
+        def watched(log_p: Tensor, threshold: float) -> Tensor:
+            seen.append(certainty.entropy(log_p).flatten(1).amin(1))
+            return partition(log_p, threshold)
+
+        patch.setattr(certainty, "partition", watched)
+        train_float64(0, 1, _corner(corpus, world))
+    return seen[0]
+
+
+def _equal_where_a_rank_has_none(corpus: Path, world: int, ways: list[dict[str, Any]]) -> None:
+    """One rank's labelled image has no label and its unlabelled one no certain pixel: gamma lies between the two images
+    that are least certain. No anchor, no offer to the bank, no pixel of l_sup and l_cp; only SBCL has something."""
+    entropies = smallest_entropies(corpus, world)
+    (largest, hollow), (second, _) = zip(*(x.tolist() for x in entropies.topk(2)), strict=True)
+    gamma = (largest + second) / 2
+    assert largest - second > 1e-6
+    gammas = {"gamma_start": gamma, "gamma_end": gamma, "negatives": "other_class"}
+    settings = [_corner(corpus, world, **gammas, **way) for way in ways]
+    ranks = run_ranks(train_each, world, settings, hollow, timeout=200)
+    for number, way in enumerate(ways):
+        one = train_float64(0, 1, settings[number] | _one_bank(settings[number], world), hollow)
+        assert 0 < one["0.train/certain_fraction"] < 1
+        assert one["0.loss/cgcl"] > 0
+        for rank, results in enumerate(ranks):
+            assert (results[number]["own.0.anchors"] == 0) == (rank == hollow)
+            _compare(one, results[number], f"a rank with none, {way}")
+
+
+def _one_bank(raw: dict[str, Any], world: int) -> dict[str, Any]:
+    """The settings of one process that holds all shards, where the bank is sharded."""
+    contrast = raw["ccl_mpc"]["contrast"]
+    if contrast.get("bank_layout") != "sharded":
+        return {}
+    contrast = contrast | {"bank_layout": "replicated", "exchange": "naive", "bank": world * contrast["bank"]}
+    return {"ccl_mpc": raw["ccl_mpc"] | {"contrast": contrast}}
+
+
+def test_a_rank_with_none_is_exact(toy_corpus: Path) -> None:
+    _equal_where_a_rank_has_none(toy_corpus, 2, [{"exchange": "keys"}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_with_none_is_exact_in_every_mode(world: int, toy_corpus: Path) -> None:
+    ways = [{"exchange": how, "bank_layout": layout, "keys": keys} for how, layout, keys in ALL]
+    _equal_where_a_rank_has_none(toy_corpus, world, ways)
+
+
 @pytest.mark.slow
 def test_groups_of_ranks_share_keys(toy_corpus: Path) -> None:
     """Every exchange the same numbers, and others than without groups; each group's terms by themselves are tested
@@ -161,6 +227,8 @@ def test_supervised_is_exact(toy_corpus: Path) -> None:
 def _compare(one: dict[str, Tensor], other: dict[str, Tensor], case: str) -> None:
     assert {name for name in one if "bank" not in name} == {name for name in other if "bank" not in name}
     for name, expected in one.items():
+        if name.startswith("own"):
+            continue
         if name.startswith("bank") and "sharded" in case:
             continue  # each rank has its own keys
         tolerance = 1e-8 if name.endswith("gradient") else 1e-10

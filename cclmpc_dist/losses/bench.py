@@ -1,8 +1,9 @@
 """`cclmpc bench contrast`: time, memory and agreement of the naive and the streamed contrast, forward and
 backward.
 
-Each measurement runs in a process of its own, so that one variant's memory never hides in another's. CPU,
-float32.
+Each measurement runs in a process of its own, so that one variant's memory never hides in another's. float32, whose
+matrix products a GPU may take in TF32 (`tf32`); the contrast widens bf16 to float32 before it computes, so there is no
+bf16 to measure.
 """
 
 import json
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.nn.functional import normalize
 
 from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
+from cclmpc_dist.losses.costs import Cost
 from cclmpc_dist.losses.terms import Additive
 
 CASES = ("sbcl", "sbcl other_class", "cgcl")
@@ -40,17 +43,21 @@ def bench_contrast(
     tile: int = costs.TILE,
     repeats: int = 3,
     threads: int = 1,
+    device: str = "cpu",
+    tf32: bool = False,
 ) -> list[Record]:
     """Records of three cases: "sbcl" and "sbcl other_class", all keys with gradient; "cgcl", `anchors` live keys
     and a bank for the rest. `sweep` adds the sizes of SWEEP, one changed at a
     time.
 
     Each variant has seconds (median of `repeats`, forward and backward) and their spread (largest less smallest),
-    peak_extra_mib (resident memory above inputs, gradients and imports, at its peak in one step) and
-    predicted_mib (losses/costs.py). The streamed one has the ratios of seconds and memory to naive's besides, and
-    at the first size the largest relative differences of value and gradients (norm of the difference over the
-    norm).
+    peak_extra_mib (memory above inputs, gradients and imports, at its peak in one step: resident on a CPU, allocated
+    on a GPU), predicted_mib (losses/costs.py) and product_share: the rate of its matrix products over the whole time,
+    as a share of the rate at which the device does one such product alone. The streamed one has the ratios of seconds
+    and memory to naive's besides, and at the first size the largest relative differences of value and gradients (norm
+    of the difference over the norm). Naive is left out where one of its N x M tensors would exceed LARGEST.
     """
+    how = {"tile": tile, "threads": threads, "device": device, "tf32": tf32}
     base = {"anchors": anchors, "keys": keys, "features": features, "classes": classes}
     sizes = [base]
     if sweep:
@@ -60,19 +67,20 @@ def bench_contrast(
         for case in CASES:
             if size["classes"] != classes and case == "sbcl":
                 continue  # knows no classes
-            records += _compare(case, size, tile, repeats, threads)
-            if size is base:
-                records += _records(case, size, "keys", _differences(case, tile, size))
+            records += _compare(case, size, how, repeats, size is base)
     return records
 
 
-def _compare(case: str, size: dict[str, int], tile: int, repeats: int, threads: int) -> list[Record]:
+def _compare(case: str, size: dict[str, int], how: dict[str, Any], repeats: int, differences: bool) -> list[Record]:
     """Both sides of one size, naive where it fits."""
+    job = {"case": case, "size": size, **how}
     naive = {}
     if 4 * size["anchors"] * size["keys"] <= LARGEST:
-        naive = _measure(case, "naive", tile, size, repeats, threads)
-    streamed = _measure(case, "keys", tile, size, repeats, threads)
-    streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in RATIOS if naive}
+        naive = _alone(_run, exchange="naive", repeats=repeats, **job)
+    streamed = _alone(_run, exchange="keys", repeats=repeats, **job)
+    if naive:
+        streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in RATIOS}
+        streamed |= _alone(_differences, **job) if differences else {}
     return _records(case, size, "naive", naive) + _records(case, size, "keys", streamed)
 
 
@@ -85,15 +93,16 @@ def _records(case: str, size: dict[str, int], variant: str, metrics: dict[str, f
     ]  # fmt: skip
 
 
-def _measure(case: str, exchange: str, tile: int, size: dict[str, int], repeats: int, threads: int) -> dict[str, float]:
-    job = {"case": case, "exchange": exchange, "tile": tile, "size": size, "repeats": repeats, "threads": threads}
-    command = [sys.executable, "-m", __name__, json.dumps(job)]
+def _alone(measure: Callable[..., dict[str, float]], **job: Any) -> dict[str, float]:
+    """What `measure`, one of this module, finds in a process of its own."""
+    command = [sys.executable, "-m", __name__, measure.__name__, json.dumps(job)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def _differences(case: str, tile: int, size: dict[str, int]) -> dict[str, float]:
+def _differences(case: str, tile: int, size: dict[str, int], threads: int, device: str, tf32: bool) -> dict[str, float]:
+    _prepare(threads, tf32)
     (naive, naive_grads), (streamed, streamed_grads) = (
-        _step(case, exchange, tile, _inputs(case, **size)) for exchange in ("naive", "keys")
+        _step(case, exchange, tile, _inputs(case, **size, device=device)) for exchange in ("naive", "keys")
     )
     apart = [float((x - y).norm() / y.norm()) for x, y in zip(streamed_grads, naive_grads, strict=True)]
     return {
@@ -102,7 +111,18 @@ def _differences(case: str, tile: int, size: dict[str, int]) -> dict[str, float]
     }
 
 
-def _inputs(case: str, anchors: int, keys: int, features: int, classes: int) -> dict[str, Any]:
+def _prepare(threads: int, tf32: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def _inputs(case: str, anchors: int, keys: int, features: int, classes: int, device: str = "cpu") -> dict[str, Any]:
+    """The same numbers on every device."""
+    made = _random(case, anchors, keys, features, classes)
+    return {name: x.detach().to(device).requires_grad_(x.requires_grad) for name, x in made.items()}
+
+
+def _random(case: str, anchors: int, keys: int, features: int, classes: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def unit(*shape: int) -> Tensor:
@@ -141,37 +161,78 @@ def _memory(field: str) -> int:
 
 
 def _run(
-    case: str, exchange: Exchange, tile: int, size: dict[str, int], repeats: int, threads: int
+    case: str,
+    exchange: Exchange,
+    tile: int,
+    size: dict[str, int],
+    repeats: int,
+    threads: int,
+    device: str,
+    tf32: bool,
 ) -> dict[str, float]:
     """The first step, which also warms up, gives the peak; the others the time."""
-    torch.set_num_threads(threads)
+    _prepare(threads, tf32)
     small = {"anchors": 64, "keys": 256, "features": 8, "classes": size["classes"]}
-    _step(case, exchange, 16, _inputs(case, **small))
-    inputs = _inputs(case, **size)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: making the inputs took more
-    before = _memory("VmRSS")
-    grads = _step(case, exchange, tile, inputs)[1]
-    peak = _memory("VmHWM") - before - sum(x.nbytes for x in grads)
-    del grads
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        _step(case, exchange, tile, inputs)
-        seconds.append(time.perf_counter() - start)
+    _step(case, exchange, 16, _inputs(case, **small, device=device))
+    inputs = _inputs(case, **size, device=device)
+    peak_extra = (_peak_on_cpu if device == "cpu" else _peak_on_gpu)(lambda: _step(case, exchange, tile, inputs)[1])
+    spent = [_seconds(lambda: _step(case, exchange, tile, inputs), device) for _ in range(repeats)]
+    predicted = _predicted(case, exchange, tile, size)
     return {
-        "seconds": statistics.median(seconds),
-        "seconds_spread": max(seconds) - min(seconds),
-        "peak_extra_mib": peak / MIB,
-        "predicted_mib": _predicted(case, exchange, tile, size) / MIB,
+        "seconds": statistics.median(spent),
+        "seconds_spread": max(spent) - min(spent),
+        "peak_extra_mib": peak_extra / MIB,
+        "predicted_mib": predicted.held / MIB,
+        "product_share": predicted.flops / statistics.median(spent) / _product_rate(size, tile, repeats, device),
     }
 
 
-def _predicted(case: str, exchange: Exchange, tile: int, size: dict[str, int]) -> int:
+def _peak_on_cpu(step: Callable[[], tuple[Tensor, ...]]) -> int:
+    """Bytes that a step held at its peak, without the gradients that it returns."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: making the inputs took more
+    before = _memory("VmRSS")
+    grads = step()
+    return _memory("VmHWM") - before - sum(x.nbytes for x in grads)
+
+
+def _peak_on_gpu(step: Callable[[], tuple[Tensor, ...]]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = step()
+    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in grads)
+
+
+def _seconds(step: Callable[[], Any], device: str) -> float:
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
+
+
+def _product_rate(size: dict[str, int], tile: int, repeats: int, device: str) -> float:
+    """FLOP/s of the products that make the logits of one tile, nothing else."""
+    rows, features, many = size["anchors"], size["features"], 20
+    left, right = (torch.randn(n, features, device=device) for n in (rows, tile))
+    out = torch.empty(rows, tile, device=device)
+
+    def products() -> None:
+        for _ in range(many):
+            torch.mm(left, right.T, out=out)
+
+    products()
+    best = min(_seconds(products, device) for _ in range(repeats))
+    return many * 2 * rows * tile * features / best
+
+
+def _predicted(case: str, exchange: Exchange, tile: int, size: dict[str, int]) -> Cost:
     n, m, f, k = size["anchors"], size["keys"], size["features"], size["classes"]
     if case != "cgcl":
-        return costs.sbcl(exchange, n, m, f, 1, tile=tile).held
-    return costs.cgcl(exchange, n // k, k, f, 1, stored=(m - n) // k, tile=tile).held
+        return costs.sbcl(exchange, n, m, f, 1, tile=tile)
+    return costs.cgcl(exchange, n // k, k, f, 1, stored=(m - n) // k, tile=tile)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run(**json.loads(sys.argv[1]))))
+    measures: dict[str, Callable[..., dict[str, float]]] = {"_run": _run, "_differences": _differences}
+    print(json.dumps(measures[sys.argv[1]](**json.loads(sys.argv[2]))))

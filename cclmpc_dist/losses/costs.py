@@ -47,7 +47,7 @@ def sbcl(
         received = anchors * (2 * features * FLOAT + 6 * FLOAT + classes * INT)
     else:
         received = keys * ((1 + live) * features * FLOAT + classes * INT)
-    held = _held("sbcl", exchange, anchors, keys, 0, features, ranks, tile, live)
+    held = _held("sbcl", exchange, anchors, keys, 0, features, ranks, tile, live, 1)
     return Cost((ranks - 1) * received, held, _flops(exchange, features, pairs if live else 0, 0 if live else pairs))
 
 
@@ -71,7 +71,7 @@ def cgcl(
         received = rows * ((1 + live) * features * FLOAT + BOOL + INT)
     pairs, banked = rows * ranks * rows, rows * classes * stored * (ranks if sharded else 1)
     flops = _flops(exchange, features, pairs if live else 0, banked + (0 if live else pairs))
-    held = _held("cgcl", exchange, rows, rows, classes * stored, features, ranks, tile, live)
+    held = _held("cgcl", exchange, rows, rows, classes * stored, features, ranks, tile, live, classes)
     return Cost((ranks - 1) * received, held, flops)
 
 
@@ -92,21 +92,44 @@ def _flops(exchange: Exchange, features: int, pairs: int, detached: int) -> int:
     return 2 * features * (live * pairs + 2 * detached)
 
 
-def _held(term: str, exchange: Exchange, n: int, m: int, banked: int, f: int, g: int, tile: int, live: bool) -> int:
-    """n anchors and m keys a rank, banked keys on it. How often anchors and gathered keys are there at the peak,
-    copies, averages and gradients among them, is counted (tests/test_contrast_ranks.py holds it to a quarter)."""
+def _held(
+    term: str, exchange: Exchange, n: int, m: int, banked: int, f: int, g: int, tile: int, live: bool, classes: int
+) -> int:
+    """Bytes at the peak beyond inputs and the gradients that are returned; n anchors and m keys a rank, banked keys on
+    it.
+
+    Streamed, in numbers: a, those of the anchors that a rank works on (all ranks' for "anchors"); k, those of its live
+    keys (all ranks' for "keys"); x, the copy of what was gathered; b, the buffer of logits. What lives when:
+    SBCL forward: x, scaled anchors and the keys' average (2a), b. Its backward: x, average, gradient, scaled and
+    weighted anchors (4a), k of gradient, b; without live keys x, average and gradient (2a).
+    CGCL (_cgcl_stages) keeps two averages of each class from forward.
+    """
     if exchange == "naive":
         return FLOAT * ((g > 1) * (1 + live) * g * m * f + NAIVE_COPIES[term] * n * (g * m + banked))
-    if exchange == "anchors":
-        rows, width = g * n, max(m, banked)
-        times = 5.5 if live else 4.2 if term == "sbcl" or g == 1 else 5.3
-        features = times * rows * f
-    else:
-        rows, width = n, max(g * m, banked)
-        own, gathered = n * f, (g > 1) * g * m * f
-        if term == "sbcl":
-            features = max(2 * gathered + 2 * own, gathered + 6 * own) if live else gathered + 5 * own
-        else:
-            features = 3 * g * m * f + 2 * own if live else gathered + 4.5 * own
-    buffers = 1 + (term == "cgcl")
-    return int(FLOAT * (features + buffers * min(LOGITS, rows * min(tile, width))))
+    moved = exchange == "anchors"
+    a, k = (g * n * f, m * f) if moved else (n * f, g * m * f)
+    x = (g > 1) * (a if moved else k)
+    rows, width = (g * n, max(m, banked)) if moved else (n, max(g * m, banked))
+    if term == "sbcl":
+        b = min(LOGITS, rows * min(tile, width))
+        return FLOAT * (x + 4 * a + k - m * f + b if live else x + 2 * a + max(0, b - n * f))
+    b = min(LOGITS, rows // classes * min(tile, width // classes))
+    return FLOAT * (max(_cgcl_stages(x, a, k, b, classes, live)) - n * f)
+
+
+def _cgcl_stages(x: int, a: int, k: int, b: int, classes: int, live: bool) -> list[int]:
+    """Numbers alive, the returned gradient's among them, in forward, and in backward while the positives' and then
+    the other classes' pairs are visited.
+
+    Averages of both kinds of pairs are kept (2a), each freed with its class's backward; a class's own anchors are
+    copied scaled, weighted and as gradient (a part of 3a). Each class's gradient is spread over all anchors and added
+    to the sum so far (3a at work); the keys' gradients are a sum so far (k) and the other classes' newest.
+    """
+    part = a // classes
+    forward = x + 2 * a + part + 2 * b
+    second = x + 5 * a - 2 * part  # the second class's gradient is added while the others' averages are there
+    if not live:
+        return [forward, second]
+    positives = [second + 2 * (k // classes), x + 4 * a + k, x + 2 * a + 4 * part + k + b]
+    others = [x + 2 * a + 3 * part + k + (k - k // classes) + b, x + 2 * a + 2 * k]
+    return [forward, *positives, *others]

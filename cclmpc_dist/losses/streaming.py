@@ -4,9 +4,11 @@ Layout: N anchors, M keys, F features. No N x M tensor is ever built: one buffer
 holds the logits of some anchors and a tile of keys (two for the positives), is masked and exponentiated in
 place, and is computed anew in backward. The gradient of the anchors is linear in the incoming one, so forward
 collects it at once (an average of keys, as flash attention does) and backward visits the keys again only where
-they need a gradient. Everything is at least float32, under autocast too; float64 stays float64.
+they need a gradient. The powers are of base 2, whose function is four times as fast on a CPU. Everything is at
+least float32, under autocast too; float64 stays float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from cclmpc_dist.losses.segmentation import wide
 
 UNKNOWN = -1  # a class that is not certain
 LOGITS = 1 << 23  # numbers in a buffer of logits: 32 MiB of float32, however many anchors there are
+LOG2_E = math.log2(math.e)
 
 
 class Keys(NamedTuple):
@@ -95,7 +98,7 @@ class _LSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors, anchor_label, masks, temperature, tile, *keys):  # type: ignore
         with full_precision(anchors):
-            scaled = anchors / temperature
+            scaled = anchors * (LOG2_E / temperature)
             lse = anchors.new_empty(len(anchors))
             mean = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
             tiles, buffer = _tiles(keys, masks, tile), _buffer(anchors, keys, tile)
@@ -116,12 +119,13 @@ class _LSE(torch.autograd.Function):
             grad_anchors = weight * mean if ctx.needs_input_grad[0] else None
             grads = [torch.zeros_like(x) if want else None for x, want in zip(keys, wanted, strict=True)]
             if any(wanted):
-                scaled, weighted, base = anchors / ctx.temperature, weight * anchors, finite(lse)[:, None]
+                scaled, weighted = anchors * (LOG2_E / ctx.temperature), weight * anchors
+                base = finite(lse)[:, None] * LOG2_E
                 tiles = [tile for tile in _tiles(keys, ctx.masks, ctx.tile) if wanted[tile.block]]
                 buffer = _buffer(anchors, keys, ctx.tile)
                 for rows in _rows(anchors, ctx.tile):
                     for tile in tiles:
-                        share = _masked_logits(scaled, anchor_label, rows, tile, buffer).sub_(base[rows]).exp_()
+                        share = _masked_logits(scaled, anchor_label, rows, tile, buffer).sub_(base[rows]).exp2_()
                         grads[tile.block][tile.at].addmm_(share.T, weighted[rows])  # type: ignore[index]
         return grad_anchors, None, None, None, None, *grads
 
@@ -129,22 +133,22 @@ class _LSE(torch.autograd.Function):
 def _lse_of_rows(
     scaled: Tensor, label: Tensor | None, rows: slice, tiles: list[_Tile], buffer: Tensor, mean: Tensor | None
 ) -> Tensor:
-    """LSE of some anchors over all keys; `mean`, zeros, takes the keys' average by softmax."""
+    """LSE of some anchors, scaled to base 2, over all keys; `mean`, zeros, takes the keys' average by softmax."""
     total = scaled.new_zeros(rows.stop - rows.start)
     peak = torch.full_like(total, -torch.inf)
     for tile in tiles:
         logits = _masked_logits(scaled, label, rows, tile, buffer)
         higher = torch.maximum(peak, logits.amax(1))
         base = finite(higher)
-        logits.sub_(base[:, None]).exp_()
-        shrink = (peak - base).exp_()
+        logits.sub_(base[:, None]).exp2_()
+        shrink = (peak - base).exp2_()
         total.mul_(shrink).add_(logits.sum(1))
         if mean is not None:
             mean.mul_(shrink[:, None]).addmm_(logits, tile.keys)
         peak = higher
     if mean is not None:
         mean /= torch.where(total > 0, total, 1.0)[:, None]
-    return total.log() + finite(peak)
+    return (total.log2() + finite(peak)) / LOG2_E
 
 
 def _masked_logits(scaled: Tensor, label: Tensor | None, rows: slice, tile: _Tile, buffer: Tensor) -> Tensor:
