@@ -1,5 +1,6 @@
 """SBCL and CGCL on W ranks against one process on everything, in float64: value 1e-10, gradient 1e-8 by norm."""
 
+import math
 import weakref
 from collections import Counter
 from itertools import product
@@ -138,6 +139,33 @@ def _equal(world: int, size: int, ranks: list[dict[str, Results]]) -> None:
                 assert (mean == 0).all(), case
             else:
                 assert gradient.norm() > 0, case
+
+
+def with_one_that_is_not_finite(rank: int, world: int) -> list[tuple[str, float, float]]:
+    """Each case's world value, and its gradient's norm after DDP's average, where the last rank's first cell is NaN."""
+    data = everything(world, "uneven")
+    data["cells"][-1, 0, 0] = float("nan")
+    data["valid"][-1, 0, 0] = True
+    found = []
+    for how, layout in WAYS:
+        weights = data["weights"].clone().requires_grad_()
+        mine = {name: value[rank] for name, value in data.items() if name != "weights"}
+        if layout == "replicated":
+            mine |= {name: data[name][0] for name in ("bank", "bank_valid")}
+        for name, part in losses(mine, weights, exchange=how, sharded=layout == "sharded").items():
+            value = all_reduce_sum(torch.stack([part.sum, part.count.to(part.sum)]))[0]
+            gradient = torch.autograd.grad(part.sum, weights, retain_graph=True)[0]
+            norm = all_reduce_sum(gradient).norm()
+            found.append((f"{name}: {how}, {layout}", value.item(), norm.item()))
+    return found
+
+
+def test_what_is_not_finite_on_one_rank_is_told_to_all() -> None:
+    one, other = run_ranks(with_one_that_is_not_finite, 2)
+    for (case, *numbers), (_, *others) in zip(one, other, strict=True):
+        assert not math.isfinite(numbers[0]), case
+        assert not math.isfinite(numbers[1]), case
+        assert [str(number) for number in numbers] == [str(number) for number in others], case
 
 
 # What it costs -----------------------------------------------------------------------------------------------------
