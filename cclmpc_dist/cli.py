@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, LostRanks
 
 app = typer.Typer(
     help="Semi-supervised 3D segmentation with CCL-MPC: a corpus becomes shards, shards train a model, "
@@ -289,6 +289,9 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"cclmpc: {line}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
+    except LostRanks as error:
+        print(f"cclmpc: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
     except OSError as error:
         if error.filename is None:
             raise

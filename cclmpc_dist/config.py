@@ -170,6 +170,11 @@ class Config(Settings):
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     log_every: PositiveInt = Field(10, description="steps a log line stands for")
+    hang_seconds: NonNegativeFloat = Field(
+        120.0,
+        description="a step, after the first, that stands still this long ends its ranks with code 1 and names those "
+        "that did not come (docs/reliability.md); 0 leaves it to the process group's ten minutes",
+    )
 
     @property
     def folder(self) -> Path:

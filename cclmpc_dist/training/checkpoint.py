@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, LostRanks
 
 VERSION = 1
-RANKS_TIMEOUT = 600.0  # seconds that rank 0 waits for the other ranks' files
 
 Tensors = dict[str, Tensor]
 
@@ -31,11 +30,13 @@ class Checkpoints:
     """The checkpoints of a run folder: `save` hands a copy to a writer thread, `load` reads one back.
 
     Every rank writes its own file into the shared folder and the existence of a file under its final name says that it
-    is whole; rank 0's thread waits for all of them, writes the manifest, syncs and renames. No thread uses collectives.
+    is whole; rank 0's thread waits for all of them, for `patience` seconds after it has written its own, then writes
+    the manifest, syncs and renames. No thread uses collectives.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, keep: int) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int, keep: int, patience: float = 600.0) -> None:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
+        self.patience = patience
         self.seconds: float | None = None  # rank 0: what the last save took, the copy and every rank's files
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -62,7 +63,8 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the writer. Raises InputError where it failed; the checkpoints before it are untouched."""
+        """Wait for the writer. Raises InputError where it failed, LostRanks where other ranks' files did not come; the
+        checkpoints before it are untouched."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -93,10 +95,11 @@ class Checkpoints:
 
     def _commit(self, step: int, temporary: Path, state: dict[str, Any], began: float) -> None:
         expected = [temporary / f"{_rank_file(rank)}.safetensors" for rank in range(self.world_size)]
-        deadline = time.monotonic() + RANKS_TIMEOUT
-        while not all(file.exists() for file in expected):
+        deadline = time.monotonic() + self.patience
+        while missing := [file.name for file in expected if not file.exists()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{[file.name for file in expected if not file.exists()]} did not appear")
+                raise LostRanks(f"{temporary}: {len(missing)} rank(s) wrote no file within {self.patience:g} s, "
+                                f"{missing[0]} the first: the checkpoints before it are whole")  # fmt: skip
             time.sleep(0.02)
         manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
         self.seconds = time.monotonic() - began
