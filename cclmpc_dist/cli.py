@@ -247,6 +247,18 @@ def bench_contrast(
     _record(measure(anchors, keys, features, classes, sweep, repeats=repeats), out)
 
 
+@bench.command("checkpoint")
+def bench_checkpoint(
+    folder: Annotated[Path, typer.Option(help="an existing folder on the disk that runs go to")] = Path("."),
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
+    out: Out = None,
+) -> None:
+    """Seconds that a save holds the loop up, written by the thread against waited for."""
+    from cclmpc_dist.training.bench import bench_checkpoint as measure
+
+    _record(measure(folder, repeats=repeats), out)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

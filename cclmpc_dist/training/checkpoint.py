@@ -38,6 +38,7 @@ class Checkpoints:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
         self.patience = patience
         self.seconds: float | None = None  # rank 0: what the last save took, the copy and every rank's files
+        self._buffers: Tensors = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -57,8 +58,11 @@ class Checkpoints:
         """
         self.wait()
         began = time.monotonic()
-        copies = {name: _to_host(group) for name, group in groups.items()} if self.rank == 0 else {}
-        copies[_rank_file(self.rank)] = _to_host(mine)
+        files = (groups if self.rank == 0 else {}) | {_rank_file(self.rank): mine}
+        copies = {name: {key: self._copy(f"{name}/{key}", value) for key, value in group.items()}
+                  for name, group in files.items()}  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         self._thread = threading.Thread(target=self._write, args=(step, copies, state, best, began), daemon=True)
         self._thread.start()
 
@@ -76,6 +80,15 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint could not be written ({error}): "
                 "make room or rights there and start again; the checkpoints before it are whole"
             ) from error
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory that is kept for the next save: new memory would cost more than the copying. The
+        memory layout stays, as another is the writer's to make."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
 
     def _write(
         self, step: int, files: dict[str, Tensors], state: dict[str, Any], best: int | None, began: float
@@ -193,13 +206,9 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def _to_host(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
 def _save_whole(tensors: Tensors, file: Path) -> None:
     part = file.with_suffix(".part")
-    save_file(tensors, part)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     _sync(part)
     part.rename(file)
 

@@ -32,11 +32,20 @@ def averaged(module: nn.Module) -> nn.Module:
     return module
 
 
+def _averaged_state(module: nn.Module) -> Tensors:
+    """Its state with norm statistics averaged over ranks, without a copy of the rest. Collective."""
+    state: Tensors = dict(module.state_dict())
+    names = [name for name, value in module.named_buffers() if value.is_floating_point() and name in state]
+    state |= {name: state[name].clone() for name in names}
+    runtime.average_([state[name] for name in names])
+    return state
+
+
 def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, Any]]:
     """Rank 0's files, this rank's own, and the optimiser's values for the state. Collective."""
     modules = _modules(trainer)
     optimizer, values = checkpoint.pack_optimizer(trainer.optimizer.optimizer)
-    groups: dict[str, Tensors] = {name: averaged(module).state_dict() for name, module in modules.items()}
+    groups: dict[str, Tensors] = {name: _averaged_state(module) for name, module in modules.items()}
     groups |= {"optimizer": optimizer, "method": trainer.method.state_dict()}
     mine: Tensors = {"rng.cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
