@@ -74,8 +74,8 @@ def save(trainer: "Trainer") -> None:
     trainer.checkpoints.save(trainer.done, groups, mine, state, best)
 
 
-def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
-    """Put checkpoint `step` back into a trainer that was just built for its phase.
+def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
+    """Put checkpoint `step` back into a trainer that was just built for its phase. Returns what there is to tell of it.
 
     Raises InputError where a stream's corpus, selection, batch or seed is not the checkpoint's.
     """
@@ -94,9 +94,11 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["world_size"] == trainer.world:
         _restore_rank(trainer, modules, checkpoint.read_rank(folder, step, trainer.rank))
-    elif trainer.method.rank_state_dict():
+        return []
+    if trainer.method.rank_state_dict():
         parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]
-        trainer.monitor.say(trainer.method.deal([_part(part, "method") for part in parts]))
+        return [trainer.method.deal([_part(part, "method") for part in parts])]
+    return []
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:

@@ -89,15 +89,14 @@ class Trainer:
         if state is not None:
             self.phase, self.saved = state["phase"], at
         self.build()
-        if state is not None:
-            restore(self, at, state)
+        told = restore(self, at, state) if state is not None else []
         if self.rank == 0:
             run.prepare(self.config, self.world, self.done)
             preemption.clear(folder)
             self.checkpoints.prepare()
         self.watch.start(self.device)
         runtime.barrier()
-        self._introduce(at)
+        self._introduce(at, told)
 
     def build(self) -> None:
         """Module, average and optimiser, and the phase's beginning."""
@@ -141,10 +140,12 @@ class Trainer:
         """Images of one optimiser step, over all ranks."""
         return sum(self.batches[name] for name in self._phase.streams) * self.config.accumulate
 
-    def _introduce(self, at: int) -> None:
-        say = self.monitor.say
+    def _introduce(self, at: int, told: list[str]) -> None:
+        spent = self.done == self.total
         where = f"going on from step {at}" if at >= 0 else "starting at step 0"
-        say(f"{self.config.folder}: {'its budget is spent, nothing to do' if self.done == self.total else where}")
+        for line in [f"{self.config.folder}: {'its budget is spent, nothing to do' if spent else where}",
+                     *(told if not spent else [])]:  # fmt: skip
+            self.monitor.say(line)
         self.describe()
         self._check_grace()
 
