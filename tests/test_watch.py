@@ -52,7 +52,7 @@ def stand_still(world: int, fault: str, folder: Path, corpus: Path) -> tuple[str
     Each must end by itself with exit code 1.
     """
     victim = int(fault.split(":")[2])
-    processes = start(world, folder, toy.settings(corpus, folder, hang_seconds=3), {victim: fault})
+    processes = start(world, folder, toy.settings(corpus, folder, hang_seconds=4), {victim: fault})
     try:
         said = [toy.finish(process) for rank, process in enumerate(processes) if rank != victim]
     finally:
@@ -75,7 +75,7 @@ STOPPED = [
 @pytest.mark.parametrize(("world", "victim"), STOPPED)
 def test_a_stopped_rank_is_named_by_the_others(world: int, victim: int, toy_corpus: Path, tmp_path: Path) -> None:
     said, reports = stand_still(world, f"stop:batch:{victim}:3", tmp_path, toy_corpus)
-    told = f"cclmpc: step 4 stands still for 2 s: no sign of rank {victim} on {HOST} (stopped, dead or cut off); stacks"
+    told = f"cclmpc: step 4 stands still for 4 s: no sign of rank {victim} on {HOST} (stopped, dead or cut off); stacks"
     assert said.count(told) == said.count("stands still") == 1
     assert "Traceback" not in said
     assert [report["rank"] for report in reports] == [rank for rank in range(world) if rank != victim]
