@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.explain import explain, repeated, without
 
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: neither 2.0 nor true counts things
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -170,6 +172,11 @@ class Config(Settings):
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     log_every: PositiveInt = Field(10, description="steps a log line stands for")
+    hang_seconds: NonNegativeFloat = Field(
+        120.0,
+        description="a step, after the first, that stands still this long ends its ranks with code 1 and names those "
+        "that did not come (docs/reliability.md); 0 leaves it to the process group's ten minutes",
+    )
 
     @property
     def folder(self) -> Path:
@@ -219,15 +226,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(raw: dict[str, Any], where: str) -> Config:
     """A validated Config from a raw tree; `where` names it in errors."""
+    wrong: list[str] = []  # keys
     try:
         config, problems = Config.model_validate(raw), []
     except ValidationError as error:
         problems = list(dict.fromkeys(explain(item, raw, Config) for item in error.errors()))
+        wrong = [".".join(str(part) for part in item["loc"]) for item in error.errors()]
         try:  # combinations of what is left are told in the same breath
             config = Config.model_validate(without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
             raise InputError("\n".join(f"{where}: {line}" for line in problems)) from None
-    problems += combinations(config)
+    problems += [line for line in combinations(config) if not any(key in line for key in wrong)]
     if problems:
         raise InputError("\n".join(f"{where}: {line}" for line in problems))
     return config

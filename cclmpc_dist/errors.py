@@ -1,4 +1,4 @@
-"""The one error a user's input can raise."""
+"""Errors that are told in words."""
 
 
 class InputError(Exception):
@@ -6,4 +6,10 @@ class InputError(Exception):
 
     The message is one line a problem: what is wrong, where (file, key, sample), what to do. The command line prints it
     without a traceback and exits with code 2.
+    """
+
+
+class LostRanks(Exception):
+    """Other ranks are gone. The message is one line; the command line prints it without a traceback and exits with code
+    1, so that the launcher starts all ranks again.
     """

@@ -283,3 +283,13 @@ def test_the_exchange_is_chosen_and_told(
     assert sbcl in plan["sbcl"].note
     assert cgcl in plan["cgcl"].note
     assert "MiB received" in plan["sbcl"].note
+
+
+@pytest.mark.parametrize(("asked", "told"), [(16, False), (17, True)])
+def test_more_positions_than_the_map_has_are_told(asked: int, told: bool, tmp_path: Path) -> None:
+    """A patch of 32x16x16 has a map of 4x2x2."""
+    changes = {f"ccl_mpc__contrast__{name}": 8 for name in ("n_negatives", "n_cgcl")}
+    config = toy.config(tmp_path, tmp_path, **changes, ccl_mpc__contrast__n_sbcl=asked)
+    method = CCLMPC(config, Corpus(1, 2))
+    method.enter(CCLMPC.phases[0], 10, nn.Linear(1, 1), {"labelled": 2, "unlabelled": 2})
+    assert ("n_sbcl = 17: the map has 16 positions, all are taken" in method.notes()) == told

@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy
 
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, LostRanks
 from cclmpc_dist.training.checkpoint import (
     Checkpoints,
     complete_steps,
@@ -119,6 +119,15 @@ def test_rank_zero_waits_for_the_other_ranks_files(tmp_path: Path) -> None:
     second.wait()
     assert complete_steps(tmp_path) == [1]
     assert read_rank(tmp_path, 1, 1)["own"] == 1
+
+
+def test_rank_zero_gives_lost_ranks_up(tmp_path: Path) -> None:
+    first = Checkpoints(tmp_path, 0, 3, 2, patience=0.1)
+    first.prepare()
+    first.save(1, {"model": {"w": torch.ones(3)}}, {"own": torch.zeros(1)}, {})
+    with pytest.raises(LostRanks, match=r"2 rank\(s\) wrote no file within 0.1 s, rank-00001.safetensors the first"):
+        first.wait()
+    assert complete_steps(tmp_path) == []
 
 
 @pytest.fixture

@@ -84,6 +84,13 @@ def test_bad_setting_is_named(override: str, said: str, tmp_path: Path) -> None:
     assert any(said in line for line in problems(tmp_path, override)), problems(tmp_path, override)
 
 
+@pytest.mark.parametrize("override", ["budget.images=1.5", "seed=true", "checkpoint.keep=2.0"])
+def test_what_is_no_integer_is_one_line(override: str, tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, override)
+    assert f"{override.split('=')[0]} = " in line
+    assert line.endswith("input should be a valid integer")
+
+
 @pytest.mark.parametrize("value", ["0", "1.5", "x", "[1, 2]", "{a: 1}"])
 def test_setting_with_alternatives_is_one_line(value: str, tmp_path: Path) -> None:
     (line,) = problems(tmp_path, f"data.labelled={value}")

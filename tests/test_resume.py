@@ -97,6 +97,9 @@ def test_sharded_bank_is_dealt_out_anew_at_another_world_size(toy_corpus: Path, 
     assert "cgcl: exchange anchors (the bank is sharded) over 3 rank(s)" in output
     left = toy.tensors(tmp_path / "dealt" / "checkpoints/step-000000008")
     assert all(left[f"rank-{rank:05d}.safetensors/method.bank.count"].any() for rank in range(3))
+    output = toy.run(2, "train", configuration)
+    assert "nothing to do" in output
+    assert "dealt out anew" not in output
 
 
 class Double(Trainer):

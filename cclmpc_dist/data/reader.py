@@ -106,7 +106,7 @@ class Reader:
     def _array(self, row: int, part: str, code: int, shape: tuple[int, ...]) -> np.ndarray:
         head = npy_header(code, shape)
         if self.index.compress == "zstd":
-            buffer: Any = self._decompress(row, part, len(head))
+            buffer: Any = self._decompress(row, part)
             start = 0
         else:
             buffer, start = self._map(int(self.index["shard"][row])), int(self.index[f"{part}_at"][row])
@@ -115,7 +115,7 @@ class Reader:
         dtype = np.dtype(np.uint8) if code == LABEL else DTYPES[code]
         return np.ndarray(shape, dtype, buffer, start + len(head))
 
-    def _decompress(self, row: int, part: str, head: int) -> bytes:
+    def _decompress(self, row: int, part: str) -> bytes:
         import zstandard
 
         try:

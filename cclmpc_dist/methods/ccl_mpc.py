@@ -278,7 +278,13 @@ class CCLMPC(Method):
         return {} if self.bank is None else {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
 
     def notes(self) -> list[str]:
-        return [choice.note for choice in self.plan.values()]
+        places = math.prod(axis // HEAD_STRIDE for axis in self.config.data.patch)
+        settings = self.own.contrast
+        asked = {"n_sbcl": settings.n_sbcl, "n_negatives": settings.n_negatives} if self.own.lambda_sbcl else {}
+        asked |= {"n_cgcl": settings.n_cgcl} if self.own.lambda_cgcl else {}
+        short = [f"{name} = {count}: the map has {places} positions, all are taken"
+                 for name, count in asked.items() if count > places]  # fmt: skip
+        return [choice.note for choice in self.plan.values()] + short
 
     def predictor(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """D_c's softmax [P], or the mean of both decoders."""

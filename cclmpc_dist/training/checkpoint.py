@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, LostRanks
 
 VERSION = 1
-RANKS_TIMEOUT = 600.0  # seconds that rank 0 waits for the other ranks' files
 
 Tensors = dict[str, Tensor]
 
@@ -31,12 +30,15 @@ class Checkpoints:
     """The checkpoints of a run folder: `save` hands a copy to a writer thread, `load` reads one back.
 
     Every rank writes its own file into the shared folder and the existence of a file under its final name says that it
-    is whole; rank 0's thread waits for all of them, writes the manifest, syncs and renames. No thread uses collectives.
+    is whole; rank 0's thread waits for all of them, for `patience` seconds after it has written its own, then writes
+    the manifest, syncs and renames. No thread uses collectives.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, keep: int) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int, keep: int, patience: float = 600.0) -> None:
         self.folder, self.rank, self.world_size, self.keep = folder, rank, world_size, keep
+        self.patience = patience
         self.seconds: float | None = None  # rank 0: what the last save took, the copy and every rank's files
+        self._buffers: Tensors = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -56,13 +58,17 @@ class Checkpoints:
         """
         self.wait()
         began = time.monotonic()
-        copies = {name: _to_host(group) for name, group in groups.items()} if self.rank == 0 else {}
-        copies[_rank_file(self.rank)] = _to_host(mine)
+        files = (groups if self.rank == 0 else {}) | {_rank_file(self.rank): mine}
+        copies = {name: {key: self._copy(f"{name}/{key}", value) for key, value in group.items()}
+                  for name, group in files.items()}  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         self._thread = threading.Thread(target=self._write, args=(step, copies, state, best, began), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the writer. Raises InputError where it failed; the checkpoints before it are untouched."""
+        """Wait for the writer. Raises InputError where it failed, LostRanks where other ranks' files did not come; the
+        checkpoints before it are untouched."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -74,6 +80,15 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint could not be written ({error}): "
                 "make room or rights there and start again; the checkpoints before it are whole"
             ) from error
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory that is kept for the next save: new memory would cost more than the copying. The
+        memory layout stays, as another is the writer's to make."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
 
     def _write(
         self, step: int, files: dict[str, Tensors], state: dict[str, Any], best: int | None, began: float
@@ -93,10 +108,11 @@ class Checkpoints:
 
     def _commit(self, step: int, temporary: Path, state: dict[str, Any], began: float) -> None:
         expected = [temporary / f"{_rank_file(rank)}.safetensors" for rank in range(self.world_size)]
-        deadline = time.monotonic() + RANKS_TIMEOUT
-        while not all(file.exists() for file in expected):
+        deadline = time.monotonic() + self.patience
+        while missing := [file.name for file in expected if not file.exists()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{[file.name for file in expected if not file.exists()]} did not appear")
+                raise LostRanks(f"{temporary}: {len(missing)} rank(s) wrote no file within {self.patience:g} s, "
+                                f"{missing[0]} the first: the checkpoints before it are whole")  # fmt: skip
             time.sleep(0.02)
         manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
         self.seconds = time.monotonic() - began
@@ -190,13 +206,9 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def _to_host(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
 def _save_whole(tensors: Tensors, file: Path) -> None:
     part = file.with_suffix(".part")
-    save_file(tensors, part)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     _sync(part)
     part.rename(file)
 

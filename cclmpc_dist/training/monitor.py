@@ -64,18 +64,18 @@ class Monitor:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def progress(self, step: int, values: dict[str, float]) -> None:
-        """Show where the run stands: the bar on a terminal, else one line."""
+    def progress(self, step: int, values: dict[str, float], note: str = "") -> None:
+        """Show where the run stands, with a note behind it: the bar on a terminal, else one line."""
         if not self.active:
             return
         if self._first < 0:
             self._started, self._first = time.monotonic(), step
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=_line(values))
+            self._progress.update(self._task, completed=step, text=_line(values) + note)
             return
         done = step - self._first
         left = (time.monotonic() - self._started) / done * (self.total - step) if done else math.nan
-        self.say(f"{self.name} {step}/{self.total}  {_line(values)}  eta {duration(left)}")
+        self.say(f"{self.name} {step}/{self.total}  {_line(values)}  eta {duration(left)}{note}")
 
 
 class Window:
@@ -85,6 +85,7 @@ class Window:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+        self.own: list[float] = []  # of each step: until this rank came to its first collective
 
     @contextmanager
     def step(self) -> Iterator[None]:

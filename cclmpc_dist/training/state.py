@@ -32,11 +32,20 @@ def averaged(module: nn.Module) -> nn.Module:
     return module
 
 
+def _averaged_state(module: nn.Module) -> Tensors:
+    """Its state with norm statistics averaged over ranks, without a copy of the rest. Collective."""
+    state: Tensors = dict(module.state_dict())
+    names = [name for name, value in module.named_buffers() if value.is_floating_point() and name in state]
+    state |= {name: state[name].clone() for name in names}
+    runtime.average_([state[name] for name in names])
+    return state
+
+
 def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, Any]]:
     """Rank 0's files, this rank's own, and the optimiser's values for the state. Collective."""
     modules = _modules(trainer)
     optimizer, values = checkpoint.pack_optimizer(trainer.optimizer.optimizer)
-    groups: dict[str, Tensors] = {name: averaged(module).state_dict() for name, module in modules.items()}
+    groups: dict[str, Tensors] = {name: _averaged_state(module) for name, module in modules.items()}
     groups |= {"optimizer": optimizer, "method": trainer.method.state_dict()}
     mine: Tensors = {"rng.cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
@@ -65,8 +74,8 @@ def save(trainer: "Trainer") -> None:
     trainer.checkpoints.save(trainer.done, groups, mine, state, best)
 
 
-def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
-    """Put checkpoint `step` back into a trainer that was just built for its phase.
+def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
+    """Put checkpoint `step` back into a trainer that was just built for its phase. Returns what there is to tell of it.
 
     Raises InputError where a stream's corpus, selection, batch or seed is not the checkpoint's.
     """
@@ -85,9 +94,11 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["world_size"] == trainer.world:
         _restore_rank(trainer, modules, checkpoint.read_rank(folder, step, trainer.rank))
-    elif trainer.method.rank_state_dict():
+        return []
+    if trainer.method.rank_state_dict():
         parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]
-        trainer.monitor.say(trainer.method.deal([_part(part, "method") for part in parts]))
+        return [trainer.method.deal([_part(part, "method") for part in parts])]
+    return []
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:

@@ -1,6 +1,8 @@
 """The loop: one for every method, launcher and number of processes."""
 
 import math
+import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,6 +17,8 @@ from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import Index, select
 from cclmpc_dist.data.loader import loader, to_device
 from cclmpc_dist.distributed import runtime
+from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
+from cclmpc_dist.distributed.watch import Watch
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.cases import evaluate_cases
 from cclmpc_dist.losses.terms import Additive
@@ -25,6 +29,7 @@ from cclmpc_dist.training.checkpoint import Checkpoints
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.monitor import Monitor, Window, memory_mib
 from cclmpc_dist.training.objective import objective
+from cclmpc_dist.training.pace import Pace, slowest
 from cclmpc_dist.training.schedule import rate
 from cclmpc_dist.training.state import averaged, norm_buffers, restore, save
 
@@ -64,8 +69,11 @@ class Trainer:
         self.phase, self.step, self.done, self.skipped, self.in_a_row = 0, 0, 0, 0, 0
         self.positions = dict.fromkeys(self.streams, 0)
         self.checkpoints = Checkpoints(
-            run.checkpoints_folder(config.folder), self.rank, self.world, config.checkpoint.keep
-        )
+            run.checkpoints_folder(config.folder), self.rank, self.world, config.checkpoint.keep,
+            config.hang_seconds or COLLECTIVE_TIMEOUT.total_seconds(),
+        )  # fmt: skip
+        self.watch = Watch(config.folder, config.hang_seconds)
+        self.pace = Pace(self.device)
         self.best: dict[str, float] = {}  # Dice and step of the best validation so far
         self.saved, self.saved_at = 0, time.monotonic()
         self.preempted, self.grace = False, preemption.grace()
@@ -81,14 +89,14 @@ class Trainer:
         if state is not None:
             self.phase, self.saved = state["phase"], at
         self.build()
-        if state is not None:
-            restore(self, at, state)
+        told = restore(self, at, state) if state is not None else []
         if self.rank == 0:
             run.prepare(self.config, self.world, self.done)
             preemption.clear(folder)
             self.checkpoints.prepare()
+        self.watch.start(self.device)
         runtime.barrier()
-        self._introduce(at)
+        self._introduce(at, told)
 
     def build(self) -> None:
         """Module, average and optimiser, and the phase's beginning."""
@@ -98,6 +106,7 @@ class Trainer:
         if self.config.channels_last:
             self.module.to(memory_format=layout)  # type: ignore[call-overload]
         self.wrapped = runtime.wrap(self.accelerator, self.module)  # replaces the buffers: take them after it
+        self.wrapped.register_forward_hook(lambda *_: self.pace.reached())
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.buffers = norm_buffers(self.module)
         self.ema = Ema(self.module, self.config.ema) if self.config.ema else None
@@ -131,10 +140,12 @@ class Trainer:
         """Images of one optimiser step, over all ranks."""
         return sum(self.batches[name] for name in self._phase.streams) * self.config.accumulate
 
-    def _introduce(self, at: int) -> None:
-        say = self.monitor.say
+    def _introduce(self, at: int, told: list[str]) -> None:
+        spent = self.done == self.total
         where = f"going on from step {at}" if at >= 0 else "starting at step 0"
-        say(f"{self.config.folder}: {'its budget is spent, nothing to do' if self.done == self.total else where}")
+        for line in [f"{self.config.folder}: {'its budget is spent, nothing to do' if spent else where}",
+                     *(told if not spent else [])]:  # fmt: skip
+            self.monitor.say(line)
         self.describe()
         self._check_grace()
 
@@ -181,6 +192,8 @@ class Trainer:
                 while self.phase < len(self.totals) and not self.preempted:
                     self._fit_phase()
                 self._save()
+        except RuntimeError as error:
+            raise self.watch.lost(error) from error
         finally:
             self.checkpoints.wait()
         runtime.barrier()
@@ -197,6 +210,8 @@ class Trainer:
             with window.step():
                 values = self._train_step(batches, window)
             self.step, self.done = self.step + 1, self.done + 1
+            self.watch.beat(self.done)
+            self.watch.arm()
             if self.done % self.config.log_every == 0 or self.step == self.totals[self.phase]:
                 self._log(window)
                 window = Window()
@@ -206,6 +221,7 @@ class Trainer:
             every = self.config.checkpoint.every_steps
             if better or values["flag/save"] > 0 or (every and self.done % every == 0 and self.done < self.total):
                 self._save()
+        self.watch.disarm()
         if self.step == self.totals[self.phase]:
             self.phase, self.step = self.phase + 1, 0
             if self.phase < len(self.totals):
@@ -230,7 +246,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         self.wrapped.train()
         for micro in range(parts):
+            self.pace.begin()
             batch = window.wait_for(batches)
+            self.watch.beat(self.done)
             with nullcontext() if micro + 1 == parts else self.accelerator.no_sync(self.wrapped):
                 terms, metrics = self.method.terms(self.wrapped, batch, self.step)
                 loss, logged = objective(terms, weights, metrics | self._flags(batch))
@@ -238,12 +256,14 @@ class Trainer:
             sums = {name: sums[name] + value if sums else value for name, value in logged.items()}
             for name in batch:
                 self.positions[name] += 1
+            self.watch.beat(self.done)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
         read = torch.stack([norm.double(), *sums.values()]).tolist()  # the one host read of the step
         values = {"train/gradient_norm": read[0]} | {
             name: value / parts for name, value in zip(sums, read[1:], strict=True)
         }
         values["data/skipped"] *= parts
+        window.own.append(self.pace.seconds())
         kept = math.isfinite(values["train/gradient_norm"]) and math.isfinite(values["loss/total"])
         self._update(kept, before)
         shown = {name: value for name, value in values.items() if not name.startswith("flag/")}
@@ -298,15 +318,21 @@ class Trainer:
             self._check_grace()
         for name in self._phase.streams:
             values[f"data/{name}_epoch"] = self.positions[name] / self.streams[name].order.steps
+        late = ""
+        if self.world > 1:
+            own = runtime.gather_json([statistics.median(window.own), socket.gethostname()], self.device)
+            scalars, late = slowest(own, values["perf/step_seconds"])
+            values |= scalars
         self.monitor.scalars(self.done, values)
-        self.monitor.progress(self.done, values)
+        self.monitor.progress(self.done, values, late)
         if self.listener is not None:
             self.listener(self.done, self.saved, values)
 
     def _validate(self) -> bool:
         """Mean Dice on the cases set aside by data.select; whether it is the best so far. Collective."""
-        predict = self.method.predictor(averaged(self.ema.module if self.ema else self.module).eval())
-        rows = evaluate_cases(predict, self.index, self.cases["select"], self.config, self.device)
+        with self.watch.resting():
+            predict = self.method.predictor(averaged(self.ema.module if self.ema else self.module).eval())
+            rows = evaluate_cases(predict, self.index, self.cases["select"], self.config, self.device)
         dice = sum(row["dice"] for row in rows) / len(rows)
         self.monitor.scalars(self.done, {"val/dice": dice})
         self.monitor.say(f"validation at step {self.done}: Dice {dice:.4f} over {len(self.cases['select'])} cases")
@@ -318,5 +344,7 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of this step, unless there is one."""
         if self.done > self.saved:
-            save(self)
+            with self.watch.resting():
+                save(self)
+                runtime.barrier()  # rank 0 may have waited for the save before
             self.saved, self.saved_at = self.done, time.monotonic()
