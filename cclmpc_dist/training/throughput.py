@@ -1,0 +1,93 @@
+"""How much of a device a step uses: its FLOPs, and the peak they are held against."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
+TERA = 1e12
+EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOPs a second that a device could do, and who says so."""
+
+    flops: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Dense TFLOP/s of the matrix units: half precision (bf16 or fp16), and what float32 convolutions run as (TF32
+    where there is one, torch's default, else float32). `words`: all of them are in the name that CUDA reports."""
+
+    words: set[str]
+    half: float
+    single: float
+    source: str
+    single_kind: str = "TF32"
+
+
+# The first match counts. Data sheets that print figures "with sparsity" are halved.
+SHEETS = (
+    Sheet({"V100"}, 125, 15.7, "NVIDIA V100 data sheet, SXM2", single_kind="fp32"),
+    Sheet({"A100"}, 312, 156, "NVIDIA A100 data sheet"),
+    Sheet({"A10"}, 125, 62.5, "NVIDIA A10 data sheet"),
+    Sheet({"L40S"}, 362, 183, "NVIDIA L40S data sheet"),
+    Sheet({"H100", "PCIe"}, 756, 378, "NVIDIA H100 data sheet, PCIe"),
+    Sheet({"H100", "NVL"}, 835.5, 417.5, "NVIDIA H100 data sheet, NVL"),
+    Sheet({"H100"}, 989.4, 494.7, "NVIDIA H100 data sheet, SXM"),
+    Sheet({"H200", "NVL"}, 835.5, 417.5, "NVIDIA H200 data sheet, NVL"),
+    Sheet({"H200"}, 989.4, 494.7, "NVIDIA H200 data sheet, SXM"),
+    Sheet({"B200"}, 2250, 1125, "NVIDIA HGX B200 data sheet, an eighth"),
+)
+
+
+def listed(device: str, precision: str) -> Peak | None:
+    """What the data sheet of a device promises; None for one that is not in SHEETS. device: the name CUDA reports."""
+    words = set(re.split(r"[^A-Za-z0-9]+", device))
+    for sheet in SHEETS:
+        if sheet.words <= words:
+            kind, rate = (sheet.single_kind, sheet.single) if precision == "fp32" else (precision, sheet.half)
+            return Peak(rate * TERA, f"{sheet.source}: {rate:g} TFLOP/s dense {kind}")
+    return None
+
+
+def measured(device: torch.device, precision: str) -> Peak:
+    """The best rate seen here of a product of two square matrices, with the threads that this process has."""
+    kind = torch.float32 if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
+    a, b = (torch.rand(EDGE, EDGE, device=device).to(kind) for _ in range(2))
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * EDGE**3 / median(seconds[1:])
+    where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Peak(rate, f"measured: {rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {kind}, {where}")
+
+
+def peak(device: torch.device, precision: str) -> Peak:
+    """The data sheet's where the device is listed, else the measured one."""
+    sheet = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+    return sheet or measured(device, precision)
+
+
+def forward_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products and convolutions that `call` does."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def mfu(flops: float, seconds: float, peak: Peak) -> float:
+    """Share of a device's peak: flops that it did in so many seconds."""
+    return flops / seconds / peak.flops
