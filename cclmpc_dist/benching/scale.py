@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from cclmpc_dist.benching import allreduce, launching, predict, step
+from cclmpc_dist.benching import allreduce, launching, model, predict, step
 from cclmpc_dist.benching.files import Report
 from cclmpc_dist.benching.step import LOADING, Record
 from cclmpc_dist.config import Config, load
@@ -32,7 +32,7 @@ def point(path: Path, overrides: Sequence[str], mode: Mode, steps: int) -> Repor
         world = runtime.world_size()
         config = load(path, [*overrides, *batches(config, mode, world)])
         case = f"{mode} {world}"
-        records, meta = step.measure(config, accelerator, steps, "scale", case)
+        records, meta = step.measure(config, accelerator, steps, "scale", case, same=False)
         if world > 1:
             curve = allreduce.measure(accelerator.device, allreduce.SIZES[:-1])
             records += [{"bench": "scale", "case": case} | record for record in curve]
@@ -42,9 +42,12 @@ def point(path: Path, overrides: Sequence[str], mode: Mode, steps: int) -> Repor
 
 
 def batches(config: Config, mode: Mode, world: int) -> list[str]:
-    """Overrides with the global batches of a world size: the configuration's are those of one rank, or of all."""
+    """Overrides with the global batches of a world size: the configuration's are those of one rank, or of all. A
+    replicated bank grows where it would not hold what a step offers."""
     factor = world if mode == "weak" else 1
-    return [f"data.batch_{name}={config.batch(name, 1) * factor}" for name in ("labelled", "unlabelled")]
+    sizes = {name: config.batch(name, 1) * factor for name in ("labelled", "unlabelled")}
+    bank = model.bank(config, sum(sizes.values()))
+    return [*(f"data.batch_{name}={size}" for name, size in sizes.items()), f"ccl_mpc.contrast.bank={bank}"]
 
 
 def fits(config: Config, mode: Mode, world: int) -> bool:
@@ -108,12 +111,13 @@ def gathered(parts: Sequence[Report], clusters: bool) -> Report:
 
 
 def check_alike(parts: Sequence[Report]) -> None:
-    """All parts are points of one configuration, but for batches and runs."""
+    """All parts are points of one configuration, but for the batches and the bank."""
 
     def told(part: Report) -> dict[str, Any]:
         config = json.loads(json.dumps(part["meta"]["config"]))
         for name in ("batch_labelled", "batch_unlabelled"):
             del config["data"][name]
+        del config["ccl_mpc"]["contrast"]["bank"]
         return config
 
     for part in parts:

@@ -41,6 +41,7 @@ class TimedTrainer(Trainer):
         super().__init__(config, accelerator)
         self.clock = Clock(self.device)
         self.contrasting = True
+        self.calls = 0.0  # collectives of a step with everything, but DDP's
 
     def build(self) -> None:
         super().build()
@@ -88,13 +89,13 @@ class TimedTrainer(Trainer):
     def has_contrast(self) -> bool:
         return any(self.method.weights(self.step).get(name, 0) > 0 for name in CONTRAST)
 
-    def measure(self, steps: int) -> dict[str, list[Stretches]]:
-        """The stretches of `steps` steps of each kind."""
+    def measure(self, steps: int, same: bool) -> dict[str, list[Stretches]]:
+        """The stretches of `steps` steps of each kind; `same`: one batch again and again besides."""
         kinds = [LOADING, WITHOUT] if self.has_contrast else [LOADING]
         self.totals[0] = self.step + (len(kinds) * (WARMUP + steps)) + 1  # the loader ends with the phase
         batches = self._loader()
         found = self._turns(kinds, batches, steps)
-        return found | self._turns([SAME], repeat(next(batches)), steps)
+        return found | (self._turns([SAME], repeat(next(batches)), steps) if same else {})
 
     def _turns(self, kinds: list[str], batches: Iterator[Batches], steps: int) -> dict[str, list[Stretches]]:
         first = len(self.clock.steps)
@@ -105,6 +106,7 @@ class TimedTrainer(Trainer):
                 with self.clock.step("losses"):
                     self._train_step(batches, TimedWindow(self.clock))
         self.contrasting = True
+        self.calls = median(self.clock.calls[first :: len(kinds)])
         taken = self.clock.stretches()[first:]
         return {kind: taken[place :: len(kinds)][WARMUP:] for place, kind in enumerate(kinds)}
 
@@ -145,7 +147,7 @@ def bench_step(config: Config, steps: int) -> tuple[list[Record], dict[str, Any]
 
 
 def measure(
-    config: Config, accelerator: Accelerator, steps: int, bench: str, case: str
+    config: Config, accelerator: Accelerator, steps: int, bench: str, case: str, same: bool = True
 ) -> tuple[list[Record], dict[str, Any]]:
     """As bench_step, inside a process group that is there."""
     trainer = TimedTrainer(config, accelerator)
@@ -154,7 +156,11 @@ def measure(
         flops = trainer.flops()
         runtime.barrier()
         top = peak(trainer.device, config.precision)
-        mine = {"host": socket.gethostname(), "stretches": trainer.measure(steps), "memory": memory_mib(trainer.device)}
+        mine = {
+            "host": socket.gethostname(),
+            "stretches": trainer.measure(steps, same),
+            "memory": memory_mib(trainer.device),
+        }
     everyone = runtime.gather_json(mine, trainer.device)
     sizes = {
         "ranks": trainer.world,
@@ -164,7 +170,7 @@ def measure(
         "voxels": trainer._images * math.prod(config.data.patch),
         "classes": trainer.index.classes,
         "gradient_bytes": FLOAT * sum(parameter.numel() for parameter in trainer.parameters),
-        "collective_calls": median(trainer.clock.calls[-steps:]),
+        "collective_calls": trainer.calls,
     }
     records = to_records(everyone, sizes, flops, top)
     meta = environment(trainer.world) | {

@@ -4,6 +4,10 @@ from typing import Any
 
 from cclmpc_dist.benching.step import LOADING, PARTS
 
+SPEED = (
+    "seconds", "seconds_q25", "seconds_q75", "images_per_second", "voxels_per_second", "step_tflop", "tflops", "mfu",
+)  # fmt: skip
+
 
 class Cells:
     """The records of a report by case, variant and metric."""
@@ -49,8 +53,13 @@ def page(report: dict[str, Any]) -> str:
     bench = report["records"][0]["bench"]
     cells = Cells(report)
     if bench == "scale":
-        return "\n".join([*head(report), *scaling(cells), *milliseconds(cells), *prediction(cells)])
-    return "\n".join([*head(report), *plain(report)])
+        cases = cells.measured("weak") + cells.measured("strong")
+        body = [*scaling(cells), *milliseconds(cells, cases), *prediction(cells)]
+    elif bench == "step":
+        body = [*speed(cells), *milliseconds(cells, list(cells.variants))]
+    else:
+        body = plain(report)
+    return "\n".join([*head(report), *body])
 
 
 def head(report: dict[str, Any]) -> list[str]:
@@ -100,15 +109,25 @@ def _row(cells: Cells, case: str) -> str:
     return f"| {' | '.join(columns)} |"
 
 
-def milliseconds(cells: Cells) -> list[str]:
+def speed(cells: Cells) -> list[str]:
+    """What a step does, of each kind."""
+    lines = ["| ranks | step | s (quartiles) | images/s | Mvoxels/s | TFLOP a rank | TFLOP/s a rank | MFU |",
+             "|" + "---|" * 8]  # fmt: skip
+    for case, variants in cells.variants.items():
+        for variant in variants:
+            numbers = [cells.values[case, variant, name] for name in SPEED if (case, variant, name) in cells.values]
+            if len(numbers) < len(SPEED):
+                continue
+            seconds, low, high, images, voxels, work, rate, share = numbers
+            lines.append(f"| {ranks(case)} | {variant} | {seconds:.4g} ({low:.4g} - {high:.4g}) | {images:.3g} "
+                         f"| {voxels / 1e6:.3g} | {work:.3g} | {rate:.3g} | {share:.3f} |")  # fmt: skip
+    return [*lines, ""]
+
+
+def milliseconds(cells: Cells, cases: list[str]) -> list[str]:
     """What a step's time goes to, and the all-reduce."""
-    cases = cells.measured("weak") + cells.measured("strong")
-    lines = [
-        "## Where the milliseconds go",
-        "",
-        f"| a step of | {' | '.join(cases)} |",
-        "|" + "---|" * (len(cases) + 1),
-    ]
+    lines = ["## Where the milliseconds go", ""]
+    lines += [f"| a step of | {' | '.join(cases)} |", "|" + "---|" * (len(cases) + 1)]
     for part in PARTS:
         values = [cells.get(case, LOADING, part) or 0.0 for case in cases]
         lines.append(f"| {part} | {' | '.join(f'{value:.1f}' for value in values)} |")

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
 TERA = 1e12
+Result = TypeVar("Result")
 EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
 
 
@@ -86,6 +87,34 @@ def forward_flops(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops())
+
+
+class Meter:
+    """MFU of training where a data sheet tells the device's peak; elsewhere it counts nothing."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self.peak = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+        self.counted: dict[frozenset[str], int] = {}  # FLOPs of a microbatch, by its active terms
+        self.done = 0
+
+    def watch(self, active: frozenset[str], forward: Callable[[], Result]) -> Result:
+        """What `forward` returns. Its FLOPs are counted the first time that these terms are active, which takes some
+        time, and known from then on."""
+        if self.peak is None:
+            return forward()
+        if active not in self.counted:
+            with FlopCounterMode(display=False) as counter:
+                result = forward()
+            self.counted[active] = FORWARD_AND_BACKWARD * int(counter.get_total_flops())
+        else:
+            result = forward()
+        self.done += self.counted[active]
+        return result
+
+    def performance(self, seconds: float) -> dict[str, float]:
+        """Of what was watched since the last call, in so many seconds."""
+        done, self.done = self.done, 0
+        return {} if self.peak is None else {"perf/mfu": mfu(done, seconds, self.peak)}
 
 
 def mfu(flops: float, seconds: float, peak: Peak) -> float:
