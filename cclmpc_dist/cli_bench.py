@@ -134,13 +134,13 @@ def bench_scale(
     one point (--ranks, --rounds and --predict do not count there); `bench gather` makes one report of several.
     """
     from cclmpc_dist.benching import launching, scale
+    from cclmpc_dist.config import load
 
     modes = [one for one in scale.MODES if mode in (one, "both")]
     if launching.in_world():
         if len(modes) > 1:
             raise InputError("bench scale --mode both: the ranks of a launcher measure one point: give weak or strong")
-        found = scale.point(config, overrides or [], modes[0], steps)
-        _point(found, out)
+        _point(scale.point(load(config, overrides or []), modes[0], steps), out)
         return
     parts = scale.launch(config, overrides or [], modes, _numbers(ranks), steps, rounds, threads, _say)
     report = scale.gathered(parts, predict)

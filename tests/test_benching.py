@@ -261,10 +261,10 @@ def measured(rank: int, world: int, corpus: str, runs: str) -> dict[str, Any]:
     def slow(trainer: step.TimedTrainer) -> None:
         build(trainer)
         if rank == 1:
-            trainer.module.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+            trainer.module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 
     step.TimedTrainer.build = slow  # type: ignore[method-assign]
-    records, meta = step.measure(config, accelerator, 2, "scale", f"weak {world}")
+    records, meta = step.measure(config, accelerator, 2, "scale", f"weak {world}", same=False)
     records += [
         {"bench": "scale", "case": f"weak {world}"} | r for r in allreduce.measure(accelerator.device, (4096, 65536))
     ]
@@ -282,7 +282,7 @@ def test_two_real_ranks_of_which_one_is_slow(toy_corpus: Path, tmp_path: Path) -
     assert sum(cells.values["weak 2", LOADING, part] for part in PARTS) == pytest.approx(total, rel=0.5)
     assert cells.values["weak 2", LOADING, "collectives"] > 0
     assert cells.values["weak 2", "sizes", "collective_calls"] > 3
-    assert cells.values["weak 2", WITHOUT, "step_tflop"] < cells.values["weak 2", SAME, "step_tflop"]
+    assert cells.values["weak 2", WITHOUT, "step_tflop"] < cells.values["weak 2", LOADING, "step_tflop"]
     assert cells.values["weak 2", "all-reduce fit", "ring_bandwidth"] > 0
     assert not list(tmp_path.iterdir()), "nothing is written"
 

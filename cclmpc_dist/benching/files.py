@@ -16,7 +16,8 @@ def read(path: Path) -> Report:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}): give a JSON file that cclmpc bench wrote") from None
-    if not isinstance(found, dict) or not all(set(record) >= KEYS for record in found.get("records", [{}])):
+    records = found.get("records") if isinstance(found, dict) else None
+    if not records or not all(isinstance(record, dict) and set(record) >= KEYS for record in records):
         raise InputError(f"{path}: holds no records: give a JSON file that cclmpc bench wrote")
     return found
 

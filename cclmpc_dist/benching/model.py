@@ -131,21 +131,22 @@ def assumed_step(flops: float, peak: float, gradient: float, calls: float) -> St
     return Step(seconds, BACKWARD_SHARE * seconds, flops, gradient, calls, overlap=True)
 
 
-def bank(config: Config, images: int) -> int:
-    """Keys a class that the bank of a run with so many images a microbatch must hold: a replicated one may be too
-    small for what more ranks offer."""
-    settings = config.ccl_mpc.contrast
-    if settings.bank_layout == "sharded" or not settings.bank:
-        return settings.bank
-    return max(settings.bank, (settings.bank_offer + 1) * images * config.accumulate)
+def with_bank(config: Config, images: int) -> Config:
+    """With a replicated bank that holds what a microbatch of so many images offers; it may be too small for more ranks
+    than the configuration was written for."""
+    contrast = config.ccl_mpc.contrast
+    offered = (contrast.bank_offer + 1) * images * config.accumulate
+    if contrast.bank_layout == "sharded" or not 0 < contrast.bank < offered:
+        return config
+    contrast = contrast.model_copy(update={"bank": offered})
+    return config.model_copy(update={"ccl_mpc": config.ccl_mpc.model_copy(update={"contrast": contrast})})
 
 
 def contrast_cost(config: Config, classes: int, batches: dict[str, int], world: int) -> Cost:
     """Of a rank's step, with the exchange that would be taken. batches: global."""
     if config.method != "ccl_mpc":
         return Cost(0, 0, 0)
-    settings = config.ccl_mpc.contrast.model_copy(update={"bank": bank(config, sum(batches.values()))})
-    config = config.model_copy(update={"ccl_mpc": config.ccl_mpc.model_copy(update={"contrast": settings})})
+    config = with_bank(config, sum(batches.values()))
     plan = exchange_plan(config, classes, batches, world)
     cost = Cost(0, 0, 0)
     for term, choice in plan.items():

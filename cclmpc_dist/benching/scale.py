@@ -24,15 +24,14 @@ Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
 
 
-def point(path: Path, overrides: Sequence[str], mode: Mode, steps: int) -> Report:
+def point(config: Config, mode: Mode, steps: int) -> Report:
     """Measure the launched world, the same on every rank. Raises InputError as training does."""
-    config = load(path, overrides)
     accelerator = runtime.start(config.precision)
     try:
         world = runtime.world_size()
-        config = load(path, [*overrides, *batches(config, mode, world)])
         case = f"{mode} {world}"
-        records, meta = step.measure(config, accelerator, steps, "scale", case, same=False)
+        sized = with_batches(config, mode, world)
+        records, meta = step.measure(sized, accelerator, steps, "scale", case, same=False)
         if world > 1:
             curve = allreduce.measure(accelerator.device, allreduce.SIZES[:-1])
             records += [{"bench": "scale", "case": case} | record for record in curve]
@@ -41,13 +40,13 @@ def point(path: Path, overrides: Sequence[str], mode: Mode, steps: int) -> Repor
         runtime.stop()
 
 
-def batches(config: Config, mode: Mode, world: int) -> list[str]:
-    """Overrides with the global batches of a world size: the configuration's are those of one rank, or of all. A
-    replicated bank grows where it would not hold what a step offers."""
+def with_batches(config: Config, mode: Mode, world: int) -> Config:
+    """With the global batches of a world size: the configuration's are those of one rank, or of all. A replicated bank
+    grows where it would not hold what a step offers."""
     factor = world if mode == "weak" else 1
-    sizes = {name: config.batch(name, 1) * factor for name in ("labelled", "unlabelled")}
-    bank = model.bank(config, sum(sizes.values()))
-    return [*(f"data.batch_{name}={size}" for name, size in sizes.items()), f"ccl_mpc.contrast.bank={bank}"]
+    labelled, unlabelled = (config.batch(name, 1) * factor for name in ("labelled", "unlabelled"))
+    data = config.data.model_copy(update={"batch_labelled": labelled, "batch_unlabelled": unlabelled})
+    return model.with_bank(config.model_copy(update={"data": data}), labelled + unlabelled)
 
 
 def fits(config: Config, mode: Mode, world: int) -> bool:

@@ -110,6 +110,19 @@ class TimedTrainer(Trainer):
         taken = self.clock.stretches()[first:]
         return {kind: taken[place :: len(kinds)][WARMUP:] for place, kind in enumerate(kinds)}
 
+    def sizes(self) -> dict[str, Any]:
+        """Of the step over all ranks."""
+        images = self._images
+        return {
+            "ranks": self.world,
+            "threads": torch.get_num_threads(),
+            "images": images,
+            "voxels": images * math.prod(self.config.data.patch),
+            "classes": self.index.classes,
+            "gradient_bytes": FLOAT * sum(parameter.numel() for parameter in self.parameters),
+            "collective_calls": self.calls,
+        }
+
     def flops(self) -> dict[str, int]:
         """Of this rank's step, with every term and with all but the contrast: three times the forward pass."""
         batch = next(self._loader())
@@ -158,23 +171,16 @@ def measure(
         top = peak(trainer.device, config.precision)
         mine = {
             "host": socket.gethostname(),
+            "peak": [top.flops, top.source],
             "stretches": trainer.measure(steps, same),
             "memory": memory_mib(trainer.device),
         }
     everyone = runtime.gather_json(mine, trainer.device)
-    sizes = {
-        "ranks": trainer.world,
-        "hosts": len({one["host"] for one in everyone}),
-        "threads": torch.get_num_threads(),
-        "images": trainer._images,
-        "voxels": trainer._images * math.prod(config.data.patch),
-        "classes": trainer.index.classes,
-        "gradient_bytes": FLOAT * sum(parameter.numel() for parameter in trainer.parameters),
-        "collective_calls": trainer.calls,
-    }
-    records = to_records(everyone, sizes, flops, top)
+    top = Peak(*everyone[0]["peak"])  # where it is measured the ranks' differ
+    hosts = sorted({one["host"] for one in everyone})
+    records = to_records(everyone, trainer.sizes() | {"hosts": len(hosts)}, flops, top)
     meta = environment(trainer.world) | {
-        "hosts": sorted({one["host"] for one in everyone}),
+        "hosts": hosts,
         "config": config.model_dump(mode="json"),
         "peak": top.source,
         "steps": steps,
