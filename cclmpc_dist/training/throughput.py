@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
 TERA = 1e12
 Result = TypeVar("Result")
-EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
+EDGE, ROUNDS = 2048, 3  # of the square matrices whose product is measured
 
 
 @dataclass(frozen=True)
