@@ -34,6 +34,7 @@ def bench_allreduce() -> tuple[list[Record], dict[str, Any]]:
 
 def measure(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[Record]:
     """Records without bench and case. Of each size the median of ROUNDS, on the slowest rank. Collective."""
+    all_reduce_seconds(sizes[-1], 1, device)  # warm-up
     mine = [median(all_reduce_seconds(size, ROUNDS, device) or [float("nan")]) for size in sizes]
     everyone = runtime.gather_json(mine, device)
     return to_records(sizes, [max(rank[place] for rank in everyone) for place in range(len(sizes))], len(everyone))

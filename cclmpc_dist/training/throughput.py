@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
 TERA = 1e12
 Result = TypeVar("Result")
-EDGE, ROUNDS = 2048, 3  # of the square matrices whose product is measured
+EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,17 @@ def measured(device: torch.device, precision: str) -> Peak:
     kind = torch.float32 if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
     a, b = (torch.rand(EDGE, EDGE, device=device).to(kind) for _ in range(2))
     seconds = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         began = time.perf_counter()
         product = a @ b
         product[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - began)
-    rate = 2 * EDGE**3 / median(seconds[1:])
+    rate = 2 * EDGE**3 / min(seconds)
     where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return Peak(rate, f"measured: {rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {kind}, {where}")
+    return Peak(
+        rate,
+        f"measured: {rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {kind}, {where}, best of {ROUNDS}",
+    )
 
 
 def peak(device: torch.device, precision: str) -> Peak:
