@@ -51,8 +51,10 @@ def test_a_peak_is_its_data_sheets(device: str, precision: str, tflops: float) -
 
 def test_a_device_without_a_data_sheet_is_measured() -> None:
     assert throughput.listed("NVIDIA A10G", "bf16") is None  # not an A10
-    peak = throughput.peak(torch.device("cpu"), "fp32")
-    assert peak.flops > 1e8
+    cpu = torch.device("cpu")
+    seconds = throughput.product_seconds(cpu, "fp32")
+    peak = throughput.measured(cpu, "fp32", seconds)
+    assert peak.flops == 2 * 2048**3 / min(seconds)
     assert "measured" in peak.source
     assert "torch.float32" in peak.source
 
@@ -108,7 +110,7 @@ def everyone(slow: float = 1.0) -> list[Any]:
 
 
 SIZES = {"ranks": 2, "hosts": 1, "threads": 1, "images": 4, "voxels": 4000, "classes": 2, "gradient_bytes": 1000,
-         "collective_calls": 3}  # fmt: skip
+         "collective_calls": 3, "product_seconds": 1.0}  # fmt: skip
 
 
 def test_the_parts_of_a_step_add_up_and_the_contrast_is_the_difference() -> None:
@@ -188,14 +190,15 @@ META = {"hosts": ["h"], "command": ["cclmpc"], "peak": "p", "machine": {"gpu": N
         "versions": {"torch": "2"}, "commit": "0"}  # fmt: skip
 
 
-def report_of(rounds: dict[int, list[float]]) -> list[dict[str, Any]]:
-    """Points of weak scaling: by number of ranks the seconds of a step in each round."""
+def report_of(rounds: dict[int, list[float]], crowding: float = 1.0) -> list[dict[str, Any]]:
+    """Points of weak scaling: by number of ranks the seconds of a step in each round. crowding: of two ranks."""
     config = parse(toy.settings(Path("d"), Path("r"), data__batch_labelled=1, data__batch_unlabelled=1), "toy")
     parts = []
     for world, seconds in rounds.items():
         for value in seconds:
             ranks = [{"host": "h", "stretches": {LOADING: [{"backward": value}] * 2}, "memory": 1.0}] * world
             sizes = SIZES | {"ranks": world, "images": 2 * world, "voxels": world}
+            sizes["product_seconds"] = crowding if world == 2 else 1.0
             records = step.to_records(ranks, sizes, {LOADING: 10**9}, PEAK)
             if world > 1:
                 records += allreduce.to_records((1000, 10**6), [1.01e-3, 2e-3], world)
@@ -224,6 +227,15 @@ def test_efficiency_is_round_by_round_and_the_prediction_stands_beside_it() -> N
     page = tables.page(report)
     assert "**0.800** (0.500 - 1.000)" in page
     assert "no GPU here; assumed" in page
+
+
+def test_ranks_that_crowd_their_cores_are_predicted_slower() -> None:
+    predicted = []
+    for crowding in (1.0, 1.25):
+        records = scale.gathered(report_of({1: [1.0], 2: [1.0]}, crowding), clusters=False)["records"]
+        (value,) = (r["value"] for r in records if (r["variant"], r["metric"]) == ("predicted", "efficiency"))
+        predicted.append(1 / value)
+    assert predicted[1] - predicted[0] == pytest.approx(0.25, rel=0.05)
 
 
 def test_points_of_different_configurations_make_no_report() -> None:

@@ -3,9 +3,10 @@
     T(W) = own(W) + exposed(gradient bytes) + gather(contrast bytes) + calls * all_reduce(nothing)
 
 own(W): the measured step of one rank, with the contrast's further FLOPs (its keys grow with W) at the step's own rate.
-Where ranks share cores, times the ranks' threads over the cores. exposed: all of the gradients' all-reduce on a CPU,
-whose cores also do the reducing; on GPUs what backward does not hide, at least its last bucket. calls: collectives of
-the losses and the contrast, each with its latency. Not in it: ranks that differ in speed, shared memory and caches,
+On a CPU times crowding: how much longer a product of two matrices takes where all ranks compute one at the same time,
+measured; ranks share cores, caches, power. exposed: all of the gradients' all-reduce on a CPU, whose cores also do the
+reducing; on GPUs what backward does not hide, at least its last bucket. calls: collectives of the losses and the
+contrast, each with its latency. Not in it: ranks that differ in speed, memory that ranks share,
 networks that others use, and data loading that does not keep up.
 """
 
@@ -111,8 +112,8 @@ class Step:
     overlap: bool
 
     def on(self, network: Network, world: int, contrast: Cost, alone: Cost, crowding: float = 1.0) -> float:
-        """Seconds on `world` ranks. contrast, alone: its cost a rank there and on one rank. crowding: how many threads
-        a core has."""
+        """Seconds on `world` ranks. contrast, alone: its cost a rank there and on one rank. crowding: how much longer
+        computing takes there."""
         own = (self.seconds + (contrast.flops - alone.flops) * self.seconds / self.flops) * max(1.0, crowding)
         latency = self.calls * network.all_reduce(NOTHING, world)
         return own + self.exposed(network, world) + network.gather(contrast.received, world) + latency

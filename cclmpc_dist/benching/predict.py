@@ -45,13 +45,12 @@ def local(report: dict[str, Any]) -> list[Record]:
         return []
     one = points[0]
     on_gpu = report["meta"]["machine"]["gpu"] is not None
-    cores = report["meta"]["machine"]["cpus"]
     alone = contrast(one.config, one, 1)
     found = []
     for point in points[1:]:
         step = one.step(point("sizes", "collective_calls"), overlap=on_gpu)
         network = Fitted(point("all-reduce fit", "alpha"), point("all-reduce fit", "beta"))
-        crowding = 1.0 if on_gpu else point.world / point("sizes", "hosts") * point("sizes", "threads") / cores
+        crowding = 1.0 if on_gpu else point("sizes", "product_seconds") / one("sizes", "product_seconds")
         seconds = step.on(network, point.world, contrast(one.config, one, point.world), alone, crowding)
         efficiency = step.seconds / seconds
         off = efficiency - point("with loading", "efficiency")

@@ -21,7 +21,16 @@ from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
-from cclmpc_dist.training.throughput import FORWARD_AND_BACKWARD, TERA, Peak, forward_flops, mfu, peak
+from cclmpc_dist.training.throughput import (
+    FORWARD_AND_BACKWARD,
+    TERA,
+    Peak,
+    forward_flops,
+    listed,
+    measured,
+    mfu,
+    product_seconds,
+)
 from cclmpc_dist.training.trainer import Batches, Trainer
 
 CONTRAST = ("sbcl", "cgcl")  # the terms that are switched on and off
@@ -168,17 +177,18 @@ def measure(
         trainer.build()
         flops = trainer.flops()
         runtime.barrier()
-        top = peak(trainer.device, config.precision)
+        products = product_seconds(trainer.device, config.precision)  # all ranks at the same time
         mine = {
             "host": socket.gethostname(),
-            "peak": [top.flops, top.source],
+            "products": products,
             "stretches": trainer.measure(steps, same),
             "memory": memory_mib(trainer.device),
         }
     everyone = runtime.gather_json(mine, trainer.device)
-    top = Peak(*everyone[0]["peak"])  # where it is measured the ranks' differ
+    top = _peak(trainer.device, config.precision, everyone[0]["products"])
+    product = mean(mean(one["products"]) for one in everyone)
     hosts = sorted({one["host"] for one in everyone})
-    records = to_records(everyone, trainer.sizes() | {"hosts": len(hosts)}, flops, top)
+    records = to_records(everyone, trainer.sizes() | {"hosts": len(hosts), "product_seconds": product}, flops, top)
     meta = environment(trainer.world) | {
         "hosts": hosts,
         "config": config.model_dump(mode="json"),
@@ -186,6 +196,12 @@ def measure(
         "steps": steps,
     }
     return [{"bench": bench, "case": case} | record for record in records], meta
+
+
+def _peak(device: torch.device, precision: str, products: list[float]) -> Peak:
+    """The data sheet's where the device is listed, else the measured one."""
+    sheet = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+    return sheet or measured(device, precision, products)
 
 
 # ---- from the stretches of all ranks to records --------------------------------------------------------------------

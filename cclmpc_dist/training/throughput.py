@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
 TERA = 1e12
 Result = TypeVar("Result")
+KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
 
 
@@ -60,28 +61,23 @@ def listed(device: str, precision: str) -> Peak | None:
     return None
 
 
-def measured(device: torch.device, precision: str) -> Peak:
-    """The best rate seen here of a product of two square matrices, with the threads that this process has."""
-    kind = torch.float32 if precision == "fp32" else torch.float16 if precision == "fp16" else torch.bfloat16
-    a, b = (torch.rand(EDGE, EDGE, device=device).to(kind) for _ in range(2))
+def product_seconds(device: torch.device, precision: str) -> list[float]:
+    """Seconds of each of some products of two square matrices, with the threads that this process has."""
+    a, b = (torch.rand(EDGE, EDGE, device=device).to(KINDS[precision]) for _ in range(2))
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(1 + ROUNDS):
         began = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
+        (a @ b)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+def measured(device: torch.device, precision: str, seconds: list[float]) -> Peak:
+    """The best rate of product_seconds."""
     rate = 2 * EDGE**3 / min(seconds)
     where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return Peak(
-        rate,
-        f"measured: {rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {kind}, {where}, best of {ROUNDS}",
-    )
-
-
-def peak(device: torch.device, precision: str) -> Peak:
-    """The data sheet's where the device is listed, else the measured one."""
-    sheet = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-    return sheet or measured(device, precision)
+    told = f"{rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {KINDS[precision]}, {where}"
+    return Peak(rate, f"measured: {told}, best of {ROUNDS}")
 
 
 def forward_flops(call: Callable[[], Any]) -> int:
