@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cclmpc_dist.cli_bench import bench
 from cclmpc_dist.errors import InputError, LostRanks
 
 app = typer.Typer(
@@ -21,12 +22,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
 Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
-Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the records are printed anyway")]
 
 
 @app.command()
@@ -204,68 +203,6 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-@bench.command("loader")
-def bench_loader(
-    la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes phantoms")] = None,
-    list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
-    out: Out = None,
-) -> None:
-    """Crops a second, on one core: shards, UA-MT's h5 way, a bare memcpy."""
-    from cclmpc_dist.data.bench import bench_loader as measure
-
-    _record(measure(la, list_file, repeats=repeats), out)
-
-
-@bench.command("eval")
-def bench_eval(
-    la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,
-    volumes: Annotated[int, typer.Option(min=1, help="volumes scored, five predictions each")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 5,
-    out: Out = None,
-) -> None:
-    """Metrics of whole volumes against medpy: seconds, largest difference."""
-    from cclmpc_dist.evaluation.bench import bench_eval as measure
-
-    _record(measure(la, volumes=volumes, repeats=repeats), out)
-
-
-@bench.command("contrast")
-def bench_contrast(
-    anchors: Annotated[int, typer.Option(min=1)] = 2048,
-    keys: Annotated[int, typer.Option(min=1)] = 65536,
-    features: Annotated[int, typer.Option(min=1)] = 256,
-    classes: Annotated[int, typer.Option(min=2)] = 2,
-    sweep: Annotated[bool, typer.Option("--sweep", help="other sizes too, one changed at a time: ten minutes")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where to measure; cpu takes one thread")] = "cpu",
-    tf32: Annotated[bool, typer.Option("--tf32", help="matrix products in TF32, on a GPU that has it")] = False,
-    out: Out = None,
-) -> None:
-    """Pixel contrast, all logits at once against streamed: seconds, memory, difference of forward and backward."""
-    import torch
-
-    from cclmpc_dist.losses.bench import bench_contrast as measure
-
-    if keys < anchors:
-        raise InputError(f"--keys {keys} is less than --anchors {anchors}: the anchors are keys too, give more")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU that torch can use: run `cclmpc doctor`, or take --device cpu")
-    _record(measure(anchors, keys, features, classes, sweep, repeats=repeats, device=device, tf32=tf32), out)
-
-
-@bench.command("checkpoint")
-def bench_checkpoint(
-    folder: Annotated[Path, typer.Option(help="an existing folder on the disk that runs go to")] = Path("."),
-    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
-    out: Out = None,
-) -> None:
-    """Seconds that a save holds the loop up, written by the thread against waited for."""
-    from cclmpc_dist.training.bench import bench_checkpoint as measure
-
-    _record(measure(folder, repeats=repeats), out)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -283,19 +220,6 @@ def _table(rows: list[dict[str, Any]]) -> None:
         numbers = f"{entry['mean']:.4f}", f"{entry['sd']:.4f}", interval, str(entry["n"]), str(entry["n_excluded"])
         table.add_row(str(entry["class"]), *titles[entry["metric"]], *numbers)
     Console(width=110).print(table)
-
-
-def _record(records: list[dict[str, Any]], out: Path | None) -> None:
-    from cclmpc_dist.training.run import environment
-
-    text = json.dumps({"meta": environment(1), "records": records}, indent=1)
-    if out is None:
-        print(text)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + "\n")
-    for record in records:
-        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.4g} {record['unit']}")
 
 
 def _unsaid(text: str) -> bool:

@@ -97,12 +97,12 @@ class Cluster:
             time.sleep(1)
         return False
 
-    def submit(self, *arguments: str, output: Path) -> subprocess.Popen[str]:
-        """`ray job submit` of launch/ray_train.py, which streams the job's log to `output`."""
+    def submit(self, *arguments: str, output: Path, script: str = "launch/ray_train.py") -> subprocess.Popen[str]:
+        """`ray job submit` of a script, which streams the job's log to `output`."""
         command = ["job", "submit", "--address", self.address, "--working-dir", ".", "--", sys.executable]
         with output.open("w") as file:
             return subprocess.Popen(
-                [RAY, *command, "launch/ray_train.py", *arguments], cwd=ROOT, env=self.environment, stdout=file,
+                [RAY, *command, script, *arguments], cwd=ROOT, env=self.environment, stdout=file,
                 stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
 

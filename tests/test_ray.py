@@ -200,3 +200,17 @@ def test_doctor_looks_at_the_workers(runs: str, code: int, ray: Cluster, tmp_pat
     assert ("refused to the others" in said) == (code == 0)
     assert bool(re.search(r"failed +folder write +all .*Not a directory", said)) == (code == 1)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", output]
+
+
+def test_the_bench_measures_one_worker_and_two(ray: Cluster, toy_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump(toy.settings(toy_corpus, Path("runs"), data__batch_labelled=2, data__batch_unlabelled=2))
+    )
+    options = ["--config", str(tmp_path / "c.yaml"), "--storage", str(tmp_path), "--workers", "1,2"]
+    process = ray.submit(
+        *options, "--steps", "2", "--rounds", "1", output=tmp_path / "output", script="launch/ray_bench.py"
+    )
+    assert process.wait(300) == 0, (tmp_path / "output").read_text()
+    report = json.loads((tmp_path / "bench_ray" / "toy" / "scale.json").read_text())
+    assert {r["case"] for r in report["records"] if r["variant"] == "sizes"} == {"weak 1", "weak 2"}
+    assert {r["variant"] for r in report["records"] if r["variant"].startswith("rank 1")}, "two workers met"

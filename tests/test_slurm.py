@@ -1,5 +1,6 @@
 """slurm/train_la.sh on a real Slurm: whatever ends it, it comes back and ends with the same bits."""
 
+import json
 import os
 import re
 import shutil
@@ -301,3 +302,18 @@ def test_on_ray_a_node_that_loses_its_ray_ends_the_job_and_it_is_queued_again(ru
 
 def assert_gone(daemons: list[psutil.Process]) -> None:
     assert not psutil.wait_procs(daemons, 30)[1]
+
+
+def test_bench_scaling_makes_one_report_of_one_and_two_nodes(slurm: Cluster, toy_corpus: Path, tmp_path: Path) -> None:
+    batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
+    run = Run(slurm, toy_corpus, tmp_path, **batches)
+    environment = {"STEPS": "2", "ROUNDS": "1", "RESULTS": str(tmp_path / "results")}
+    number = run.submit(script="slurm/bench_scaling.sh", **environment)
+    job = slurm.wait_for(number, "COMPLETED", "FAILED", "NODE_FAIL")
+    assert job["JobState"] == "COMPLETED", run.said()
+    report = json.loads((tmp_path / "results" / "scale.json").read_text())
+    assert {r["case"] for r in report["records"] if r["variant"] == "sizes"} == {"weak 1", "weak 2"}
+    assert {r["case"] for r in report["records"] if r["variant"] == "predicted"} == {"weak 2"}
+    assert "Predicted weak scaling" in run.said()
+    assert (tmp_path / "results" / "scale.png").exists()
+    assert not run.folder.exists(), "the run of that name is left alone"

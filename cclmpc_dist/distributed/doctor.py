@@ -3,7 +3,6 @@
 import os
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from cclmpc_dist.distributed import checks, folder_checks, runtime
 from cclmpc_dist.distributed.checks import Finding, attempt
+from cclmpc_dist.distributed.reduce_times import all_reduce_seconds
 
 TIMEOUT = timedelta(minutes=3)  # until ranks give up one that is lost; the checks between two gathers take less
 REDUCED = 32 * 2**20  # bytes, about the gradients of the V-Net
@@ -87,18 +87,10 @@ def _reduce(device: torch.device) -> Finding:
     world = runtime.world_size()
     if world == 1:
         return Finding("all-reduce", "one process, nothing to reduce")
-    seconds = []
-    right = True
-    for _ in range(ROUNDS + 1):
-        values = torch.full((REDUCED // 4,), runtime.rank() + 1.0, device=device)
-        runtime.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(values)
-        right &= bool((values == world * (world + 1) / 2).all())  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    if not right:
+    seconds = all_reduce_seconds(REDUCED, ROUNDS, device)
+    if seconds is None:
         return Finding("all-reduce", "wrong sums", "failed", "look at network and NCCL: NCCL_DEBUG=INFO")
-    median = statistics.median(seconds[1:])  # the first one connects
+    median = statistics.median(seconds)
     bandwidth = 2 * (world - 1) / world * REDUCED / median / 1e9
     text = f"{{:.2f}} GB/s on a ring ({dist.get_backend()}, {REDUCED // 2**20} MiB, median of {ROUNDS})"
     return Finding("all-reduce", text, value=bandwidth)

@@ -108,11 +108,12 @@ class Window:
     def means(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
-    def performance(self, images: int) -> dict[str, float]:
-        """images: of one step, over all ranks."""
+    def performance(self, images: int, voxels: int) -> dict[str, float]:
+        """images: of one step, over all ranks. voxels: of one image's patch."""
         return {
             "perf/step_seconds": self.seconds / self.steps,
             "perf/samples_per_second": images * self.steps / self.seconds,
+            "perf/voxels_per_second": voxels * images * self.steps / self.seconds,
             "perf/data_wait_share": self.waited / self.seconds,
         }
 
@@ -136,7 +137,8 @@ def _line(values: dict[str, float]) -> str:
     losses = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
     rate, wait, memory = (values[f"perf/{name}"] for name in ("samples_per_second", "data_wait_share", "memory_mib"))
-    return f"{shown}  {rate:.2f} samples/s  wait {wait:.0%}  {memory:.0f} MiB"
+    share = f"  mfu {values['perf/mfu']:.1%}" if "perf/mfu" in values else ""
+    return f"{shown}  {rate:.2f} samples/s{share}  wait {wait:.0%}  {memory:.0f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from cclmpc_dist.training.objective import objective
 from cclmpc_dist.training.pace import Pace, slowest
 from cclmpc_dist.training.schedule import rate
 from cclmpc_dist.training.state import averaged, norm_buffers, restore, save
+from cclmpc_dist.training.throughput import Meter
 
 SKIPS_IN_A_ROW = 50  # non-finite steps after which the run is given up
 Batches = dict[str, dict[str, Any]]  # stream -> batch
@@ -77,6 +79,7 @@ class Trainer:
         self.best: dict[str, float] = {}  # Dice and step of the best validation so far
         self.saved, self.saved_at = 0, time.monotonic()
         self.preempted, self.grace = False, preemption.grace()
+        self.meter = Meter(self.device, config.precision)
         self.monitor = Monitor(config.folder, config.name, self.total, active=self.rank == 0)
 
     # ---- start --------------------------------------------------------------------------------------------------
@@ -250,7 +253,8 @@ class Trainer:
             batch = window.wait_for(batches)
             self.watch.beat(self.done)
             with nullcontext() if micro + 1 == parts else self.accelerator.no_sync(self.wrapped):
-                terms, metrics = self.method.terms(self.wrapped, batch, self.step)
+                forward = partial(self.method.terms, self.wrapped, batch, self.step)
+                terms, metrics = self.meter.watch(frozenset(name for name in weights if weights[name] > 0), forward)
                 loss, logged = objective(terms, weights, metrics | self._flags(batch))
                 self.accelerator.backward(loss / parts)
             sums = {name: sums[name] + value if sums else value for name, value in logged.items()}
@@ -312,7 +316,8 @@ class Trainer:
         if values["data/skipped"]:
             self.monitor.say(f"{values['data/skipped']:.0f} unreadable samples were replaced since the last line")
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
-        values |= window.performance(self._images) | {"perf/memory_mib": memory_mib(self.device)}
+        values |= window.performance(self._images, math.prod(self.config.data.patch))
+        values |= self.meter.performance(window.seconds) | {"perf/memory_mib": memory_mib(self.device)}
         if self.checkpoints.seconds is not None:
             values["perf/save_seconds"] = self.checkpoints.seconds
             self._check_grace()

@@ -1,0 +1,39 @@
+"""Ranks of one more command on this machine, by torchrun."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cclmpc_dist.benching import files
+from cclmpc_dist.benching.files import Report
+from cclmpc_dist.errors import InputError
+
+
+def in_world() -> bool:
+    """Whether a launcher started this process as a rank."""
+    return "WORLD_SIZE" in os.environ
+
+
+def check_cards(world: int) -> None:
+    """Raises InputError for more ranks than this machine has GPUs, where it has some."""
+    cards = torch.cuda.device_count()
+    if torch.cuda.is_available() and world > cards:
+        raise InputError(f"--ranks {world}: this machine has {cards} GPU(s), one a rank: give fewer")
+
+
+def torchrun(world: int, threads: int, *arguments: str) -> Report:
+    """What `cclmpc bench ARGUMENTS --out` writes on `world` ranks. Raises InputError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "part.json"
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
+        command = [*head, "cclmpc_dist", "bench", *arguments, f"--out={out}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode or not out.exists():
+            raise InputError(f"bench: the measurement on {world} rank(s) ended with {done.returncode}: what it said "
+                             "stands above")  # fmt: skip
+        return files.read(out)

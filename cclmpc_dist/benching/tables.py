@@ -1,0 +1,160 @@
+"""Markdown of a report, from its JSON alone."""
+
+from typing import Any
+
+from cclmpc_dist.benching.step import LOADING, PARTS
+
+SPEED = (
+    "seconds", "seconds_q25", "seconds_q75", "images_per_second", "voxels_per_second", "step_tflop", "tflops", "mfu",
+)  # fmt: skip
+
+
+class Cells:
+    """The records of a report by case, variant and metric."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.report = report
+        self.values = {(r["case"], r["variant"], r["metric"]): float(r["value"]) for r in report["records"]}
+        self.variants: dict[str, dict[str, None]] = {}
+        for record in report["records"]:
+            self.variants.setdefault(record["case"], {})[record["variant"]] = None
+
+    def get(self, case: str, variant: str, metric: str) -> float | None:
+        return self.values.get((case, variant, metric))
+
+    def measured(self, mode: str) -> list[str]:
+        """Cases of a mode of scaling that were measured, in the order of their ranks."""
+        found = [case for case in self.variants if case.startswith(f"{mode} ") and "sizes" in self.variants[case]]
+        return sorted(found, key=ranks)
+
+    def slowest(self, case: str) -> tuple[str, float] | None:
+        """The rank that spends most time on its own, and that over the least that a rank spends; None for one rank."""
+        own = {who: self.values[case, who, "busy"] for who in self.variants[case] if who.startswith("rank ")}
+        if len(own) < 2:
+            return None
+        most = max(own, key=lambda who: own[who])
+        return most, own[most] / min(own.values())
+
+    def predicted(self) -> dict[str, dict[int, float]]:
+        """Efficiency by cluster and number of GPUs."""
+        found: dict[str, dict[int, float]] = {}
+        for (case, variant, metric), value in self.values.items():
+            if metric == "efficiency" and variant not in (LOADING, "predicted"):
+                found.setdefault(variant, {})[ranks(case)] = value
+        return found
+
+
+def ranks(case: str) -> int:
+    return int(case.split()[1])
+
+
+def page(report: dict[str, Any]) -> str:
+    """Head and tables."""
+    bench = report["records"][0]["bench"]
+    cells = Cells(report)
+    if bench == "scale":
+        cases = cells.measured("weak") + cells.measured("strong")
+        body = [*scaling(cells), *milliseconds(cells, cases), *prediction(cells)]
+    elif bench == "step":
+        body = [*speed(cells), *milliseconds(cells, list(cells.variants))]
+    else:
+        body = plain(report)
+    return "\n".join([*head(report), *body])
+
+
+def head(report: dict[str, Any]) -> list[str]:
+    meta = report["meta"]
+    machine = meta["machine"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['cpus']} cores"
+    lines = [f"# bench {report['records'][0]['bench']}", "", f"- {device}; torch {meta['versions']['torch']}; "
+             f"commit {meta['commit']}", f"- `{' '.join(meta['command'])}`"]  # fmt: skip
+    if "peak" in meta:
+        lines.append(f"- MFU: three times the forward pass's FLOPs, over a peak of {meta['peak']}")
+    return [*lines, ""]
+
+
+def scaling(cells: Cells) -> list[str]:
+    """A table a mode: speed, efficiency, the model's prediction, the slowest rank."""
+    lines: list[str] = []
+    for mode, told in (("weak", "each rank keeps its batch"), ("strong", "all ranks together keep the batch")):
+        if cases := cells.measured(mode):
+            lines += [f"## {mode.capitalize()} scaling: {told}", "",
+                      "| ranks | hosts | step s (quartiles) | images/s | Mvoxels/s | MFU | efficiency (least - most) "
+                      "| predicted | off by, points | slowest rank |", "|" + "---|" * 10]  # fmt: skip
+            lines += [_row(cells, case) for case in cases] + [""]
+    return lines
+
+
+def _row(cells: Cells, case: str) -> str:
+    def value(metric: str, variant: str = LOADING) -> float:
+        found = cells.get(case, variant, metric)
+        return float("nan") if found is None else found
+
+    low, high = value("seconds_q25"), value("seconds_q75")
+    least, most = value("efficiency_low"), value("efficiency_high")
+    error = cells.get(case, "predicted", "error")
+    slow = cells.slowest(case)
+    columns = [
+        f"{ranks(case)}",
+        f"{value('hosts', 'sizes'):.0f}",
+        f"{value('seconds'):.4g} ({low:.4g} - {high:.4g})",
+        f"{value('images_per_second'):.3g}",
+        f"{value('voxels_per_second') / 1e6:.3g}",
+        f"{value('mfu'):.3f}",
+        f"**{value('efficiency'):.3f}** ({least:.3f} - {most:.3f})",
+        "-" if error is None else f"{value('efficiency', 'predicted'):.3f}",
+        "-" if error is None else f"{error:+.1f}",
+        "-" if slow is None else f"{slow[0]}: {slow[1]:.2f} x the fastest's own time",
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def speed(cells: Cells) -> list[str]:
+    """What a step does, of each kind."""
+    lines = ["| ranks | step | s (quartiles) | images/s | Mvoxels/s | TFLOP a rank | TFLOP/s a rank | MFU |",
+             "|" + "---|" * 8]  # fmt: skip
+    for case, variants in cells.variants.items():
+        for variant in variants:
+            numbers = [cells.values[case, variant, name] for name in SPEED if (case, variant, name) in cells.values]
+            if len(numbers) < len(SPEED):
+                continue
+            seconds, low, high, images, voxels, work, rate, share = numbers
+            lines.append(f"| {ranks(case)} | {variant} | {seconds:.4g} ({low:.4g} - {high:.4g}) | {images:.3g} "
+                         f"| {voxels / 1e6:.3g} | {work:.3g} | {rate:.3g} | {share:.3f} |")  # fmt: skip
+    return [*lines, ""]
+
+
+def milliseconds(cells: Cells, cases: list[str]) -> list[str]:
+    """What a step's time goes to, and the all-reduce."""
+    lines = ["## Where the milliseconds go", ""]
+    lines += [f"| a step of | {' | '.join(cases)} |", "|" + "---|" * (len(cases) + 1)]
+    for part in PARTS:
+        values = [cells.get(case, LOADING, part) or 0.0 for case in cases]
+        lines.append(f"| {part} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    for metric, factor, told in (("alpha", 1e6, "all-reduce, start, µs"),
+                                 ("ring_bandwidth", 1e-9, "all-reduce, ring, GB/s")):  # fmt: skip
+        found = [cells.get(case, "all-reduce fit", metric) for case in cases]
+        lines.append(f"| {told} | {' | '.join('-' if v is None else f'{v * factor:.3g}' for v in found)} |")
+    return [*lines, ""]
+
+
+def prediction(cells: Cells) -> list[str]:
+    """Efficiencies of the cost model's clusters."""
+    found = cells.predicted()
+    if not found:
+        return []
+    worlds = sorted(next(iter(found.values())))
+    sources = cells.report["meta"]["predicted"]
+    lines = ["## Predicted weak scaling", "", f"Step: {sources['step']}.", "",
+             f"| GPUs | {' | '.join(map(str, worlds))} |", "|" + "---|" * (len(worlds) + 1)]  # fmt: skip
+    for cluster, values in found.items():
+        lines.append(f"| {cluster} | {' | '.join(f'{values[world]:.3f}' for world in worlds)} |")
+    return [*lines, "", *(f"- {cluster}: {sources[cluster]}" for cluster in found), ""]
+
+
+def plain(report: dict[str, Any]) -> list[str]:
+    """One line a record."""
+    lines = ["| case | variant | metric | value | unit |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {r['case']} | {r['variant']} | {r['metric']} | {r['value']:.4g} | {r['unit']} |" for r in report["records"]
+    ]

@@ -1,0 +1,98 @@
+"""`python launch/ray_bench.py --config CONFIG --storage FOLDER --workers 1,2,4 [key=value ...]`: `cclmpc bench scale`
+on the workers of Ray, one worker group after the other.
+
+docs/benchmarks.md says what is measured, docs/ray.md how to submit a job.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cclmpc_dist.benching import files, scale, tables
+from cclmpc_dist.cli import BAD_INPUT
+from cclmpc_dist.config import Config, load, parse
+from cclmpc_dist.errors import InputError
+
+
+def main() -> None:
+    """Raises InputError for anything a user can mend."""
+    arguments = _arguments()
+    if not arguments.storage.is_absolute():
+        raise InputError(f"--storage {arguments.storage} is relative: give the absolute path of a folder that every "
+                         "node sees")  # fmt: skip
+    config = load(arguments.config, arguments.overrides)
+    path = str(arguments.storage / config.data.path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    ray.init()
+    worlds = [world for world in arguments.workers if scale.fits(config, arguments.mode, world)]
+    points = [_point(config, world, arguments) for _ in range(arguments.rounds) for world in worlds]
+    report = scale.gathered(points, arguments.predict)
+    out = arguments.storage / "bench_ray" / config.name / "scale.json"
+    files.write(report, out)
+    files.write_pages(report, out)
+    print(tables.page(report))
+    print(f"{out}, .md and .png")
+
+
+def _point(config: Config, world: int, arguments: argparse.Namespace) -> files.Report:
+    """Measured by a group of `world` workers."""
+    task = {"config": config.model_dump(mode="json"), "mode": arguments.mode, "steps": arguments.steps,
+            "command": sys.argv}  # fmt: skip
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=task,
+        scaling_config=ScalingConfig(
+            num_workers=world,
+            use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
+            resources_per_worker={"CPU": arguments.cpus},
+        ),
+        run_config=RunConfig(
+            name=f"{config.name}-{world}",
+            storage_path=str(arguments.storage / "bench_ray"),
+            worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
+        ),
+    )
+    found: files.Report = trainer.fit().return_value
+    return found
+
+
+def work(task: dict[str, Any]) -> files.Report:
+    """One rank: the process group is Ray's."""
+    sys.argv = task["command"]  # meta tells it
+    return scale.point(parse(task["config"], "ray"), task["mode"], task["steps"])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the training step on more and more workers of a Ray cluster.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ has examples")
+    parser.add_argument(
+        "--storage", type=Path, required=True,
+        help="folder that every node sees, absolute; a relative data.path is taken from it",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=_numbers, default=[1, 2], help="numbers of workers (default 1,2)")
+    parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
+    parser.add_argument("--mode", choices=scale.MODES, default="weak", help="weak (default) or strong")
+    parser.add_argument("--steps", type=int, default=10, help="steps that the medians are of (default 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each number is measured, in turns (default 3)")
+    parser.add_argument("--predict", action="store_true", help="add the cost model's clusters of up to 1024 GPUs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
+    return parser.parse_intermixed_args()
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between, as in 1,2,4")
+    return sorted({int(part) for part in text.split(",")})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.stderr.writelines(f"cclmpc: {line}\n" for line in str(error).splitlines())
+        sys.exit(BAD_INPUT)
