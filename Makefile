@@ -28,7 +28,7 @@ test-slow: setup
 # The tests that need real daemons, on the loopback: installs Slurm where it may, and Ray.
 test-cluster: setup
 	bash tests/slurm_install.sh
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,dev,ray]"
 	$(BIN)/python -m pytest -m cluster
 
 lint: setup
