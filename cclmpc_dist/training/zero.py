@@ -109,6 +109,9 @@ def read(config: Config) -> dict[str, Any]:
     problems += [f"zero_optimization.{key}: not supported here: remove it" for key in sharing if key not in SHARING]
     if problems:
         raise InputError("\n".join(f"{config.deepspeed}: {line}" for line in problems))
+    if config.channels_last:
+        raise InputError("channels_last = true, and DeepSpeed lays out weights its own way: set channels_last=false, or "
+                         "take strategy=ddp")  # fmt: skip
     if sharing["stage"] == 3 and config.ema:
         raise InputError(f"ema = {config.ema} averages whole weights at each step, and under ZeRO-3 no rank has them: "
                          "set ema=0, or a deepspeed of stage 1 or 2")  # fmt: skip
