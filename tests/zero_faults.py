@@ -1,5 +1,5 @@
 """`cclmpc train` under ZeRO with one thing wrong. FAULT: sum (gradients are summed over the ranks, not averaged), loss
-(the loss of step 2 is infinite on rank 1, without a gradient), scale (fp16's loss scale over float32, far too large)."""
+(the loss of step 2 is infinite on rank 1, without a gradient), scale (fp16's loss scale over float32, too large)."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ def large_scale() -> None:
 
     def scaled(self: zero.Zero, *arguments: Any) -> None:
         build(self, *arguments)
-        self.scale = zero.LossScale(self.engine.optimizer, 2.0**127)
+        self.scale = zero.LossScale(self.engine.optimizer, 2.0**66)
 
     zero.Zero.__init__ = scaled  # type: ignore[method-assign]
 

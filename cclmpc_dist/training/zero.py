@@ -110,8 +110,7 @@ def read(config: Config) -> dict[str, Any]:
     if problems:
         raise InputError("\n".join(f"{config.deepspeed}: {line}" for line in problems))
     if config.channels_last:
-        raise InputError("channels_last = true, and DeepSpeed lays out weights its own way: set channels_last=false, or "
-                         "take strategy=ddp")  # fmt: skip
+        raise InputError("channels_last = true, and DeepSpeed lays out weights its own way: set channels_last=false")
     if sharing["stage"] == 3 and config.ema:
         raise InputError(f"ema = {config.ema} averages whole weights at each step, and under ZeRO-3 no rank has them: "
                          "set ema=0, or a deepspeed of stage 1 or 2")  # fmt: skip
