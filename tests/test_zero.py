@@ -38,8 +38,10 @@ def command(folder: Path, raw: dict[str, Any], stage: int, *overrides: str) -> l
 
 
 def losses(run: Path) -> list[dict[str, float]]:
+    """Of each step; lines of a validation are left out."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name.startswith(("loss/", "train/"))} for line in lines]
+    found = [{name: value for name, value in line.items() if name.startswith(("loss/", "train/"))} for line in lines]
+    return [line for line in found if line]
 
 
 # ---- without DeepSpeed ----------------------------------------------------------------------------------------------
@@ -205,18 +207,22 @@ def test_summed_gradients_show(runs: Path, toy_corpus: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_accumulation_clipping_adamw_and_autocast_mean_the_same(toy_corpus: Path, tmp_path: Path) -> None:
-    """In bf16, whose 8 bits a different order of two microbatches' float32 sums seldom reaches."""
+def test_accumulation_clipping_average_and_autocast_mean_the_same(toy_corpus: Path, tmp_path: Path) -> None:
+    """ZeRO-2 reduces each microbatch, so that float32's sums differ by a rounding, which bf16 makes 2^-8 where it tips
+    one. The Dice is that of the averaged weights."""
     raw = settings(
-        toy_corpus, tmp_path, accumulate=2, precision="bf16", optim__name="adamw", optim__clip=0.5, optim__lr=1e-3,
-        budget__images=144, ema=0.9, data__select=1, evaluation__every_steps=3,
+        toy_corpus, tmp_path, method="supervised", accumulate=2, precision="bf16", optim__clip=0.1, budget__images=72,
+        ema=0.9, data__select=1, evaluation__every_steps=3,
     )  # fmt: skip
     for stage in (0, 2):
         toy.run(2, *command(tmp_path, raw, stage))
-    assert furthest(tmp_path, "stage2") < 1e-2
-    ema = [toy.tensors(tmp_path / f"stage{stage}" / "checkpoints/step-000000006") for stage in (0, 2)]
-    for name in (name for name in ema[0] if name.startswith("ema.") and ema[0][name].is_floating_point()):
-        assert torch.allclose(ema[1][name], ema[0][name], rtol=1e-2, atol=1e-3), name
+    assert min(line["train/gradient_norm"] for line in losses(tmp_path / "stage2")) > 0.1
+    assert furthest(tmp_path, "stage2") < 2**-8
+    best = [
+        json.loads((tmp_path / f"stage{stage}/checkpoints/step-000000006/state.json").read_text())["best"]
+        for stage in (0, 2)
+    ]
+    assert best[1] == pytest.approx(best[0], abs=2**-8)
 
 
 @pytest.mark.cluster
