@@ -25,10 +25,10 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
-# The tests that need real daemons, on the loopback: installs Slurm where it may, and Ray.
+# The tests that need real daemons, on the loopback, or DeepSpeed: installs Slurm where it may, Ray and DeepSpeed.
 test-cluster: setup
 	bash tests/slurm_install.sh
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,dev,ray]"
 	$(BIN)/python -m pytest -m cluster
 
 lint: setup

@@ -168,6 +168,10 @@ class Config(Settings):
     accumulate: PositiveInt = Field(1, description="microbatches an optimiser step; losses are those of a microbatch")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, or the autocast type")
     channels_last: bool = Field(False, description="channels-last memory layout")
+    strategy: Literal["ddp", "deepspeed"] = Field("ddp", description="how the ranks share the work: whole copies, or "
+                                                  "DeepSpeed's ZeRO, which splits optimiser states")  # fmt: skip
+    deepspeed: str | None = Field(None, description="DeepSpeed's JSON, as configs/deepspeed/zero2.json; read by "
+                                  "strategy: deepspeed alone")  # fmt: skip
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights that evaluation uses; 0 is off")
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
@@ -273,6 +277,8 @@ def combinations(config: Config) -> list[str]:
     if config.evaluation.every_steps and not config.data.select:
         problems.append("evaluation.every_steps needs validation cases: set data.select to a number of labelled cases, "
                         "or evaluation.every_steps to 0")  # fmt: skip
+    if config.strategy == "deepspeed" and config.deepspeed is None:
+        problems.append("strategy = deepspeed needs its JSON: set deepspeed=configs/deepspeed/zero2.json")
     contrast = config.ccl_mpc.contrast
     if contrast.bank and contrast.bank_layout == "sharded" and contrast.exchange not in ("auto", "anchors"):
         problems.append(f"ccl_mpc.contrast.exchange = {contrast.exchange} does not reach the keys of a sharded bank: "

@@ -126,7 +126,7 @@ class Double(Trainer):
 def train_float64(rank: int, world: int, raw: dict[str, Any], last: int = 0) -> dict[str, Tensor]:
     trainer = Double(raw, last)
     trainer.fit()
-    momentum, _ = pack_optimizer(trainer.optimizer.optimizer)
+    momentum, _ = pack_optimizer(trainer.strategy.optimizer)
     return dict(trainer.module.state_dict()) | momentum | trainer.method.state_dict()
 
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from cclmpc_dist.benching.clock import COLLECTIVES, Clock
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
+from cclmpc_dist.errors import InputError
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 from cclmpc_dist.training.throughput import (
@@ -47,6 +48,9 @@ class TimedTrainer(Trainer):
     """A trainer that takes steps at the end of its budget, where every term counts, and writes nothing."""
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        if config.strategy != "ddp":
+            raise InputError(f"strategy = {config.strategy}: its backward pass cannot be told from its step: measure "
+                             "with strategy=ddp")  # fmt: skip
         super().__init__(config, accelerator)
         self.clock = Clock(self.device)
         self.contrasting = True
@@ -86,7 +90,7 @@ class TimedTrainer(Trainer):
                 self.clock.enter(COLLECTIVES, at=ready[0])
             self._enter("optimiser")
 
-        for parameter in self.parameters:
+        for parameter in (one for one in self.module.parameters() if one.requires_grad):
             parameter.register_post_accumulate_grad_hook(note)
         self.accelerator.backward = timed
 
@@ -128,7 +132,7 @@ class TimedTrainer(Trainer):
             "images": images,
             "voxels": images * math.prod(self.config.data.patch),
             "classes": self.index.classes,
-            "gradient_bytes": FLOAT * sum(parameter.numel() for parameter in self.parameters),
+            "gradient_bytes": FLOAT * self.size,
             "collective_calls": self.calls,
         }
 

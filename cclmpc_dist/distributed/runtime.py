@@ -28,8 +28,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(precision: str, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Accelerator:
-    """An Accelerator over the processes that the launcher meant: NCCL with a GPU, gloo without.
+def start(precision: str, timeout: timedelta = COLLECTIVE_TIMEOUT, plugin: Any = None) -> Accelerator:
+    """An Accelerator over the processes that the launcher meant: NCCL with a GPU, gloo without. plugin: accelerate's
+    DeepSpeedPlugin, which leaves the precision to whoever wraps the module.
 
     DDP sends no buffers around (each rank keeps its own norm statistics) and searches unused parameters: without that
     search its bucket rebuild breaks bit-identical resume at three ranks and more.
@@ -45,14 +46,20 @@ def start(precision: str, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Accelerato
     if told not in ("no", precision):
         raise InputError(f"precision = {precision}, and accelerate launch was told mixed_precision = {told}: make them "
                          "equal, or leave the second at no")  # fmt: skip
+    if plugin is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError("accelerate launch was told use_deepspeed: start it without, and set strategy=deepspeed")
+    group = InitProcessGroupKwargs(timeout=timeout)
+    if on_cpu and plugin is not None:
+        group.backend = "gloo"
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=on_cpu and plugin is None,  # true, it would turn the plugin off without a word
+        mixed_precision="no" if precision == "fp32" or plugin is not None else precision,
+        deepspeed_plugin=plugin,
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=timeout),
+            group,
         ],
     )
     if accelerator.gradient_accumulation_steps != 1:

@@ -32,7 +32,7 @@ def bench_checkpoint(folder: Path, filters: int = 16, patch: int = 32, repeats: 
             trainer.checkpoints.prepare()
             trainer.first_step()
             rounds = [_round(trainer) for _ in range(repeats + 1)][1:]
-            told = f"{sum(p.numel() for p in trainer.parameters):,} parameters"
+            told = f"{trainer.size:,} parameters"
             groups, mine, _ = tensors(trainer)
         finally:
             runtime.stop()

@@ -6,7 +6,7 @@ import torch
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
-from cclmpc_dist.training import run
+from cclmpc_dist.training import run, strategy
 from cclmpc_dist.training.checkpoint import Tensors
 from cclmpc_dist.training.monitor import duration, memory_mib
 from cclmpc_dist.training.state import tensors
@@ -20,7 +20,7 @@ def rehearse(config: Config) -> None:
 
     A run folder that is there is not gone on from. Raises InputError as training does.
     """
-    accelerator = runtime.start(config.precision)
+    accelerator = strategy.start(config)
     try:
         trainer = Trainer(config, accelerator)
         _corpus(trainer)
@@ -48,9 +48,10 @@ def _corpus(trainer: Trainer) -> None:
 def _estimate(trainer: Trainer) -> None:
     """What a rank holds between steps; said before the step, which may be too much."""
     optim = trainer.config.optim
-    weights, model = _mib(dict(trainer.module.named_parameters())), _mib(trainer.module.state_dict())
+    module = trainer.strategy.whole()
+    weights, model = _mib(dict(module.named_parameters())), _mib(module.state_dict())
     copies = 2 if optim.name == "adamw" else int(optim.momentum > 0)
-    parts = {"model": model, "gradients": weights, "optimiser": copies * weights}
+    parts = trainer.strategy.held(weights, model, copies)
     parts["average"] = model if trainer.ema is not None else 0.0
     parts["method"] = _mib(trainer.method.state_dict() | trainer.method.rank_state_dict())
     told = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())

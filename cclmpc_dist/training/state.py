@@ -1,12 +1,11 @@
 """What a checkpoint holds of a trainer, and putting it back.
 
 Equal on all ranks: module and average (with norm statistics averaged over ranks), optimiser, method. A rank's own: its
-random state, norm statistics and what the method keeps a rank (a sharded bank), restored at the same world size; at
-another, every rank starts from the averaged statistics and a fresh random state, the method shares its part out anew,
-and batches, draws and positions go on exactly.
+random state, norm statistics, its part of an optimiser that is shared out, and what the method keeps a rank (a sharded
+bank), restored at the same world size; at another, every rank starts from the averaged statistics and a fresh random
+state, strategy and method share their parts out anew, and batches, draws and positions go on exactly.
 """
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +25,7 @@ def norm_buffers(module: nn.Module) -> list[Tensor]:
 
 
 def averaged(module: nn.Module) -> nn.Module:
-    """A copy whose norm statistics are the mean over ranks. Collective."""
-    module = copy.deepcopy(module)
+    """The module, with norm statistics that are the mean over ranks. Collective."""
     runtime.average_(norm_buffers(module))
     return module
 
@@ -44,14 +42,17 @@ def _averaged_state(module: nn.Module) -> Tensors:
 def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, Any]]:
     """Rank 0's files, this rank's own, and the optimiser's values for the state. Collective."""
     modules = _modules(trainer)
-    optimizer, values = checkpoint.pack_optimizer(trainer.optimizer.optimizer)
-    groups: dict[str, Tensors] = {name: _averaged_state(module) for name, module in modules.items()}
+    optimizer, own, values = trainer.strategy.pack()
+    groups: dict[str, Tensors] = {"model": _averaged_state(trainer.strategy.whole())}
+    if trainer.ema is not None:
+        groups["ema"] = _averaged_state(trainer.ema.module)
     groups |= {"optimizer": optimizer, "method": trainer.method.state_dict()}
     mine: Tensors = {"rng.cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         mine["rng.cuda"] = torch.cuda.get_rng_state()
     for name, module in modules.items():
         mine |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
+    mine |= {f"optimizer.{name}": value for name, value in own.items()}
     mine |= {f"method.{name}": value for name, value in trainer.method.rank_state_dict().items()}
     return groups, mine, values
 
@@ -59,7 +60,6 @@ def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, 
 def save(trainer: "Trainer") -> None:
     """Hand a copy of everything to the checkpoint's writer. Collective."""
     groups, mine, values = tensors(trainer)
-    scaler = trainer.accelerator.scaler
     state = {
         "phase": trainer.phase,
         "phase_step": trainer.step,
@@ -67,7 +67,6 @@ def save(trainer: "Trainer") -> None:
         "best": trainer.best,
         "streams": {name: stream.order.state(trainer.positions[name]) for name, stream in trainer.streams.items()},
         "optimizer": values,
-        "scaler": scaler.state_dict() if scaler is not None else None,
         "config": trainer.config.model_dump(mode="json"),
     }
     best = int(trainer.best["step"]) if trainer.best else None
@@ -84,16 +83,18 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
         trainer.positions[name] = stream.order.position(state["streams"][name])
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
     trainer.best, trainer.checkpoints.seconds = state["best"], state.get("save_seconds")
-    modules = _modules(trainer)
-    for name, module in modules.items():
-        module.load_state_dict(checkpoint.read_group(folder, step, name))
-    tensors = checkpoint.read_group(folder, step, "optimizer")
-    checkpoint.unpack_optimizer(trainer.optimizer.optimizer, tensors, state["optimizer"])
+    trainer.strategy.load(checkpoint.read_group(folder, step, "model"))
+    if trainer.ema is not None:
+        trainer.ema.module.load_state_dict(checkpoint.read_group(folder, step, "ema"))
+    trainer.strategy.unpack(
+        checkpoint.read_group(folder, step, "optimizer"),
+        lambda rank: _part(checkpoint.read_rank(folder, step, rank), "optimizer"),
+        state["optimizer"],
+        state["world_size"],
+    )
     trainer.method.load_state_dict(checkpoint.read_group(folder, step, "method"))
-    if trainer.accelerator.scaler is not None and state["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["world_size"] == trainer.world:
-        _restore_rank(trainer, modules, checkpoint.read_rank(folder, step, trainer.rank))
+        _restore_rank(trainer, _modules(trainer), checkpoint.read_rank(folder, step, trainer.rank))
         return []
     if trainer.method.rank_state_dict():
         parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]

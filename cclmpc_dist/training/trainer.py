@@ -1,5 +1,6 @@
 """The loop: one for every method, launcher and number of processes."""
 
+import copy
 import math
 import socket
 import statistics
@@ -25,7 +26,7 @@ from cclmpc_dist.evaluation.cases import evaluate_cases
 from cclmpc_dist.losses.terms import Additive
 from cclmpc_dist.methods.method import Corpus, Phase
 from cclmpc_dist.methods.registry import create
-from cclmpc_dist.training import preemption, run, setup
+from cclmpc_dist.training import preemption, run, setup, strategy
 from cclmpc_dist.training.checkpoint import Checkpoints
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.monitor import Monitor, Window, memory_mib
@@ -44,7 +45,7 @@ def train(config: Config, listener: Listener | None = None) -> bool:
     """Train, or go on where the run folder's newest checkpoint stands. True once the budget is spent, False when
     preempted and saved. The listener is called at each log line, on every rank. Raises InputError for anything a user
     can mend."""
-    accelerator = runtime.start(config.precision)
+    accelerator = strategy.start(config)
     try:
         return Trainer(config, accelerator, listener).fit()
     finally:
@@ -102,31 +103,23 @@ class Trainer:
         self._introduce(at, told)
 
     def build(self) -> None:
-        """Module, average and optimiser, and the phase's beginning."""
+        """Module, average and strategy, and the phase's beginning."""
         torch.manual_seed(draws.key(self.config.seed, "model"))
         layout = {2: torch.channels_last, 3: torch.channels_last_3d}[self.config.dims]
         self.module = self.method.build().to(self.device)
         if self.config.channels_last:
             self.module.to(memory_format=layout)  # type: ignore[call-overload]
-        self.wrapped = runtime.wrap(self.accelerator, self.module)  # replaces the buffers: take them after it
-        self.wrapped.register_forward_hook(lambda *_: self.pace.reached())
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.buffers = norm_buffers(self.module)
+        self.size = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         self.ema = Ema(self.module, self.config.ema) if self.config.ema else None
-        self.optimizer = self.accelerator.prepare_optimizer(self._optimizer())
+        self.strategy = strategy.create(self.config, self.accelerator, self.module)  # may replace the buffers
+        self.strategy.wrapped.register_forward_hook(lambda *_: self.pace.reached())
+        self.buffers = norm_buffers(self.module)
         torch.manual_seed(draws.key(self.config.seed, "dropout", self.rank))
         self._enter_phase()
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.config.optim
-        options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "foreach": True}
-        if settings.name == "sgd":
-            return torch.optim.SGD(self.parameters, momentum=settings.momentum, **options)
-        return torch.optim.AdamW(self.parameters, **options)
-
     def _enter_phase(self) -> None:
         """A phase begins: optimiser and schedule start anew; module, average and stream positions go on."""
-        self.optimizer.optimizer.state.clear()
+        self.strategy.optimizer.state.clear()
         self.method.enter(self._phase, self.totals[self._at], self.module, self.batches)
 
     @property
@@ -156,7 +149,7 @@ class Trainer:
         """Say what is trained on what."""
         say = self.monitor.say
         say(f"{self.config.method}, {self.total} steps on {self.world} process(es), {self.device.type}, "
-            f"precision {self.config.precision}, {sum(p.numel() for p in self.parameters):,} parameters")  # fmt: skip
+            f"precision {self.config.precision}, {self.size:,} parameters")  # fmt: skip
         for name, stream in self.streams.items():
             order = stream.order
             say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
@@ -247,22 +240,24 @@ class Trainer:
         weights = self.method.weights(self.step)
         parts = self.config.accumulate
         sums: dict[str, Tensor] = {}
-        self.wrapped.train()
+        self.lr = rate(self.config.optim, self.step, self.totals[self.phase], self._images)
+        self.strategy.set_rate(self.lr)
+        self.strategy.wrapped.train()
         for micro in range(parts):
             self.pace.begin()
             batch = window.wait_for(batches)
             self.watch.beat(self.done)
-            with nullcontext() if micro + 1 == parts else self.accelerator.no_sync(self.wrapped):
-                forward = partial(self.method.terms, self.wrapped, batch, self.step)
+            with self.strategy.microbatch(last=micro + 1 == parts):
+                forward = partial(self.method.terms, self.strategy.wrapped, batch, self.step)
                 terms, metrics = self.meter.watch(frozenset(name for name in weights if weights[name] > 0), forward)
                 loss, logged = objective(terms, weights, metrics | self._flags(batch))
-                self.accelerator.backward(loss / parts)
+                self.strategy.backward(loss / parts, logged["loss/total"])
             sums = {name: sums[name] + value if sums else value for name, value in logged.items()}
             for name in batch:
                 self.positions[name] += 1
             self.watch.beat(self.done)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
-        read = torch.stack([norm.double(), *sums.values()]).tolist()  # the one host read of the step
+        norm = self.strategy.gradient_norm()
+        read = torch.stack([norm, *sums.values()]).tolist()  # the one host read of the step
         values = {"train/gradient_norm": read[0]} | {
             name: value / parts for name, value in zip(sums, read[1:], strict=True)
         }
@@ -277,23 +272,18 @@ class Trainer:
 
     def _update(self, kept: bool, before: list[Tensor]) -> None:
         """Step the optimiser and what follows it; or leave all as it was, norm statistics too."""
-        self.lr = rate(self.config.optim, self.step, self.totals[self.phase], self._images)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         if kept:
-            self.optimizer.step()
+            self.strategy.step()
             self.method.after_step(self.module)
             if self.ema is not None:
                 self.ema.update(self.module, self.done - self.skipped)
             self.in_a_row = 0
         else:
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()
+            self.strategy.discard()
             self.method.discard_step()
             for buffer, old in zip(self.buffers, before, strict=True):
                 buffer.copy_(old)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.optimizer.zero_grad(set_to_none=True)
         if self.in_a_row == SKIPS_IN_A_ROW:
             raise InputError(f"{self.config.folder}: {SKIPS_IN_A_ROW} steps in a row had no finite gradient, up to "
                              f"step {self.done}: lower optim.lr, or set precision to bf16 or fp32")  # fmt: skip
@@ -336,7 +326,8 @@ class Trainer:
     def _validate(self) -> bool:
         """Mean Dice on the cases set aside by data.select; whether it is the best so far. Collective."""
         with self.watch.resting():
-            predict = self.method.predictor(averaged(self.ema.module if self.ema else self.module).eval())
+            module = copy.deepcopy(self.ema.module) if self.ema else self.strategy.plain()
+            predict = self.method.predictor(averaged(module).eval())
             rows = evaluate_cases(predict, self.index, self.cases["select"], self.config, self.device)
         dice = sum(row["dice"] for row in rows) / len(rows)
         self.monitor.scalars(self.done, {"val/dice": dice})
