@@ -78,14 +78,23 @@ def stalled(out: Path, gate: Path, shards: int) -> Iterator[tuple[subprocess.Pop
     """A build that waits for a case, with so many shards complete, and its two workers."""
     command = [sys.executable, str(HERE / "stalled.py"), str(out), str(gate), "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        workers: list[psutil.Process] = []
-        while pieces(out) < shards or len(workers) < 2:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.02)
-            children = psutil.Process(process.pid).children()
-            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        yield process, workers
-        process.kill()
+        try:
+            workers: list[psutil.Process] = []
+            while pieces(out) < shards or len(workers) < 2:
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.02)
+                workers = [child for child in psutil.Process(process.pid).children() if is_worker(child)]
+            yield process, workers
+        finally:
+            process.kill()
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Other children come and go while Python's packages are imported."""
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_killed_it_keeps_its_shards_and_its_workers_end(tmp_path: Path) -> None:
