@@ -32,7 +32,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the
 @app.command()
 def shard(
     source: Annotated[str, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
-    format: Annotated[Literal["la-h5", "phantom"], typer.Option(help="what the corpus is")],
+    format: Annotated[
+        Literal["la-h5", "acdc-h5", "acdc-h5-volumes", "nifti", "nrrd", "dicom", "images", "phantom"],
+        typer.Option(help="what the corpus is; docs/formats.md has what each reads and takes"),
+    ],
     out: Annotated[Path, typer.Option(help="new folder for the shards and their index, or one begun before")],
     list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases and their order")] = None,
     labelled: Annotated[int | None, typer.Option(min=1, help="the first N training cases count as labelled")] = None,
@@ -51,6 +54,21 @@ def shard(
     part: Annotated[
         str, typer.Option(help="i/N: only the i-th run of cases; `cclmpc merge` joins all N", metavar="I/N")
     ] = "1/1",
+    labels: Annotated[Path | None, typer.Option(help="folder of labels, named as the images are")] = None,
+    label_suffix: Annotated[str, typer.Option(help="what a label's name has after the case's, as in _seg")] = "",
+    label_map: Annotated[
+        str | None, typer.Option(help="values to classes, as in 0=0,255=1 or 0..127=0,128..255=1", metavar="V=C,...")
+    ] = None,
+    normalise: Annotated[
+        str | None,
+        typer.Option(help="none, zscore, percentile:LOW,HIGH or window:LOW,HIGH; unset: zscore, none for h5"),
+    ] = None,
+    spacing: Annotated[str | None, typer.Option(help="resample to so many mm", metavar="X,Y,Z")] = None,
+    orient: Annotated[Literal["RAS", "keep"], typer.Option(help="turn axes to right, front, up, or not")] = "RAS",
+    resize: Annotated[str | None, typer.Option(help="resize images to so many pixels", metavar="H,W")] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="suffixes of a case's files, as in _t1,_t2; or axis; for images grey or rgb")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the phantom")] = 0,
     size: Annotated[int, typer.Option(min=16, help="edge of the phantom's volumes in voxels")] = 64,
 ) -> None:
@@ -61,18 +79,23 @@ def shard(
     """
     from cclmpc_dist.data import phantom, shards, sources
     from cclmpc_dist.data.case import Handle
+    from cclmpc_dist.data.formats.options import parse
     from cclmpc_dist.data.merge import merge
     from cclmpc_dist.data.parts import Settings
 
     number, parts = _part(part)
+    options = parse(
+        labels=labels, label_suffix=label_suffix, label_map=label_map, classes=classes, normalise=normalise,
+        spacing=spacing, orient=orient, resize=resize, channels=channels,
+    )  # fmt: skip
     cases: Sequence[Handle]
     if format == "phantom":
         if not source.isdigit() or list_file is not None:
             raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list")
         cases = phantom.cases(int(source), seed, size)
     else:
-        cases = sources.la_h5(source, list_file)
-    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts)
+        cases = sources.cases(format, source, list_file, options)
+    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts, str(options))
     record = shards.write_part(cases, out, settings, number, workers or len(os.sched_getaffinity(0)))
     if record is None:
         print(f"{out}: complete already")
