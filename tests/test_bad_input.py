@@ -52,7 +52,7 @@ def _(folder):
 @kind("truncated .nii.gz")
 def _(folder):
     arguments = volumes(folder)
-    inputs.cut(folder / "images/c1.nii.gz")
+    inputs.cut(folder / "images/c1.nii.gz", 0.9)
     return arguments, ["c1.nii.gz", "not a readable NIfTI file", "copy it again"]
 
 
