@@ -120,7 +120,7 @@ def test_foreground_voxels_lie_in_their_class(tmp_path):
     label[25, 5, 5] = 3
     empty = Case("empty", np.zeros((1, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.uint8), (1.0,) * 3)
     full = Case("full", np.zeros((1, *label.shape), np.float32), label, (1.0,) * 3)
-    index = write(tmp_path / "out", [empty, full])
+    index = write(tmp_path / "out", [empty, full], classes=4)
     assert index.foreground(0) == []
     one, three = index.foreground(1)
     assert one.shape == (64, 3)

@@ -30,8 +30,9 @@ def verify(path: str | Path) -> list[str]:
     except InputError as error:
         return [str(error)]
     problems = index.problems()
-    if problems and INDEX in problems[0]:
-        return problems
+    unsound = index.unsound()
+    if unsound or (problems and INDEX in problems[0]):
+        return problems or [unsound]
     told = _Told()
     for number, shard in enumerate(index.manifest["shards"]):
         file = index.shard_path(number)
