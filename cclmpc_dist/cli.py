@@ -141,11 +141,18 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> No
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> None:
-    """Say what a shard folder holds, as JSON."""
+def inspect(
+    path: Annotated[Path, typer.Argument(help="folder of shards")],
+    sheet: Annotated[Path | None, typer.Option(help="PNG to write: a plane of up to 18 cases with its label")] = None,
+) -> None:
+    """Say what a shard folder holds, as JSON: counts, sizes, spacing, intensities, classes."""
     from cclmpc_dist.data import verify as room
 
     print(json.dumps(room.inspect(path), indent=1))
+    if sheet is not None:
+        from cclmpc_dist.evaluation import pictures
+
+        sheet.write_bytes(pictures.sheet(room.sheet(path)))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Each format: the values, the place in space and the labels that the shards then hold."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ import inputs
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 from pydicom.uid import RLELossless
 
-from cclmpc_dist.data import shards, sources
+from cclmpc_dist.data import shards, sources, verify
 from cclmpc_dist.data.formats.labels import parse_map, to_classes
 from cclmpc_dist.data.formats.normalise import Rule, normalise, parse_rule
 from cclmpc_dist.data.formats.options import Options
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.evaluation import pictures
 
 PLAIN = Rule("none")
 
@@ -284,3 +287,30 @@ def test_a_gap_in_the_classes_is_told(tmp_path: Path) -> None:
 def test_options_that_mean_nothing_to_a_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--spacing: --format images does not take it, only --channels, --label-map"):
         sources.cases("images", tmp_path, None, Options(spacing=(1.0, 1.0, 1.0)))
+
+
+def test_inspect_counts_and_draws(tmp_path: Path) -> None:
+    for number in range(3):
+        inputs.nifti(tmp_path / f"in/c{number}.nii", inputs.volume(number))
+        inputs.nifti(tmp_path / f"labels/c{number}.nii", inputs.mask(number, top=2) * (number > 0))
+    index = corpus("nifti", tmp_path / "in", tmp_path / "out", labels=tmp_path / "labels")
+    found = verify.inspect(index.path)
+    assert found["samples_with_class"] == [2, 2]
+    histogram = found["histogram"]
+    assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    assert 0.95 < sum(histogram["counts"]) / (3 * np.prod(inputs.SHAPE)) <= 1, "between the 1st and 99th percentile"
+    with Image.open(io.BytesIO(pictures.sheet(verify.sheet(index.path)))) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 100
+
+
+def test_a_photograph_is_drawn_upright() -> None:
+    """Bright at the top left: so it must be in the picture."""
+    image = np.zeros((40, 60), np.uint8)
+    image[:20, :30] = 255
+    empty = np.zeros_like(image)
+    with Image.open(io.BytesIO(pictures.overlay(image, empty, empty, (1.0, 1.0)))) as picture:
+        drawn = np.asarray(picture.convert("L"))
+    assert drawn.shape[1] > drawn.shape[0]
+    quarter = drawn[drawn.shape[0] // 4, drawn.shape[1] // 4], drawn[-drawn.shape[0] // 4, drawn.shape[1] // 4]
+    assert quarter == (255, 0)

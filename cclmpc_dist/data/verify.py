@@ -15,7 +15,8 @@ from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, edited, sha256
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
 
-LOOKED_AT = 16  # volumes read for the summary, evenly taken
+LOOKED_AT = 18  # volumes read for the summary, evenly taken
+BINS = 32  # of the intensity histogram, from the 1st to the 99th percentile
 
 
 def verify(path: str | Path) -> list[str]:
@@ -149,11 +150,11 @@ def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> It
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a person wants to know of a corpus, ready to print or dump as JSON. Raises InputError.
 
-    Intensities (normalised) and class fractions come from `volumes_read` volumes, evenly taken; all else from
-    the index.
+    Intensities (normalised), their histogram and class fractions come from `volumes_read` volumes, evenly taken;
+    all else from the index.
     """
     index = Index.open(path)
-    rows = np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
+    rows = looked_at(index)
     manifest, shape, spacing = index.manifest, index["shape"][:, 1:], index["spacing"]
     return {
         "source": manifest["source"], "compress": index.compress, "cropped_by_label": manifest["cropped_by_label"],
@@ -165,20 +166,52 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "size_median": np.median(shape, axis=0).tolist(),
         "spacing_min": spacing.min(0).tolist(), "spacing_max": spacing.max(0).tolist(),
         "stored_as": {str(dtype): int((index["dtype"] == code).sum()) for code, dtype in enumerate(DTYPES)},
-        "volumes_read": len(rows), **_intensities(index, rows),
+        "samples_with_class": _with_class(index), "volumes_read": len(rows), **_intensities(index, rows),
         "first_keys": [index.key(row) for row in range(min(5, len(index)))],
     }  # fmt: skip
+
+
+def _with_class(index: Index) -> list[int]:
+    """Samples whose label holds class 1, 2, ..."""
+    return (np.diff(index["voxel_at"]) > 0).reshape(len(index), -1).sum(0).tolist()
 
 
 def _intensities(index: Index, rows: list[int]) -> dict[str, Any]:
     reader = Reader(index)
     marks = (0, 1, 50, 99, 100)
-    values = [np.percentile(reader.normalised(row), marks) for row in rows]
-    counts = [
-        np.bincount(reader.label(row).reshape(-1), minlength=index.classes) for row in rows if index["label_bytes"][row]
-    ]
-    fractions = np.sum(counts, axis=0) / np.sum(counts) if counts else np.zeros(index.classes)
+    marked = np.array([np.percentile(reader.normalised(row), marks) for row in rows])
+    edges = np.linspace(marked[:, 1].min(), max(marked[:, 3].max(), marked[:, 1].min() + 1e-6), BINS + 1)
+    counts = np.sum([np.histogram(reader.normalised(row), edges)[0] for row in rows], axis=0)
+    voxels = np.sum([_voxels(reader, row) for row in rows if index["label_bytes"][row]] or np.zeros((1, 1)), axis=0)
+    fractions = voxels / max(1, voxels.sum()) if voxels.sum() else np.zeros(index.classes)
     return {
-        "percentiles": {str(mark): round(float(v), 4) for mark, v in zip(marks, np.mean(values, axis=0), strict=True)},
+        "percentiles": {str(mark): round(float(v), 4) for mark, v in zip(marks, marked.mean(0), strict=True)},
+        "histogram": {"edges": edges.round(4).tolist(), "counts": counts.tolist()},
         "class_fractions": [round(float(f), 6) for f in fractions],
     }
+
+
+def _voxels(reader: Reader, row: int) -> np.ndarray:
+    """Voxels of each class. Raises InputError where the label holds others."""
+    classes = reader.index.classes
+    counts = np.bincount(reader.label(row).reshape(-1), minlength=classes)
+    if len(counts) > classes:
+        raise InputError(f"{reader.index.path}: case {reader.index.key(row)}: its label holds {len(counts) - 1}, "
+                         f"classes end at {classes - 1}: look with `cclmpc verify`")  # fmt: skip
+    return counts
+
+
+def looked_at(index: Index) -> list[int]:
+    """Up to LOOKED_AT rows, evenly taken."""
+    return np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
+
+
+def sheet(path: str | Path) -> list[tuple[str, np.ndarray, np.ndarray | None, list[float]]]:
+    """Name, first channel as normalised (*S), label or None, spacing of the same cases. Raises InputError."""
+    index = Index.open(path)
+    reader = Reader(index)
+    found = []
+    for row in looked_at(index):
+        label = reader.label(row) if index["label_bytes"][row] else None
+        found.append((index.key(row), reader.normalised(row)[0], label, index["spacing"][row].tolist()))
+    return found
