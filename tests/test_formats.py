@@ -9,9 +9,12 @@ import inputs
 import nibabel
 import numpy as np
 import pytest
+import toy
+import yaml
 from PIL import Image
 from pydicom.uid import RLELossless
 
+from cclmpc_dist import cli
 from cclmpc_dist.data import shards, sources, verify
 from cclmpc_dist.data.formats.labels import parse_map, to_classes
 from cclmpc_dist.data.formats.normalise import Rule, normalise, parse_rule
@@ -314,3 +317,40 @@ def test_a_photograph_is_drawn_upright() -> None:
     assert drawn.shape[1] > drawn.shape[0]
     quarter = drawn[drawn.shape[0] // 4, drawn.shape[1] // 4], drawn[-drawn.shape[0] // 4, drawn.shape[1] // 4]
     assert quarter == (255, 0)
+
+
+def test_photographs_from_shards_to_a_report(
+    tmp_path: Path, alone: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All verbs in 2D, with three channels."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["cclmpc", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capfd.readouterr()
+        assert not caught.value.code, said.out + said.err
+        return said.out
+
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        lesion = np.zeros((40, 36), bool)
+        lesion[8:24, 10 : 20 + number] = True
+        photo = rng.normal(150, 20, (40, 36, 3)) - 60 * lesion[..., None]
+        inputs.picture(tmp_path / f"in/i{number}.jpg", photo.clip(0, 255).astype(np.uint8))
+        inputs.picture(tmp_path / f"masks/i{number}.png", lesion.astype(np.uint8) * 255)
+    shards, masks = str(tmp_path / "shards"), str(tmp_path / "masks")
+    said = run(
+        "shard", str(tmp_path / "in"), "--format", "images", "--labels", masks, "--label-map", "0=0,255=1",
+        "--resize", "40,40", "--labelled", "3", "--val-last", "2", "--out", shards, "--workers", "1",
+    )  # fmt: skip
+    assert "8 cases in 1 shards, 3 labelled, 2 for reports only, 2 classes" in said
+    run("verify", shards)
+    changes = {"data__patch": [32, 32], "model__swin__window": [2, 2], "budget__images": 24}
+    batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "ccl_mpc__t_contrast": 0.3}
+    raw = toy.settings(Path(shards), tmp_path, **changes, **batches)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    run("train", str(tmp_path / "c.yaml"))
+    assert "Dice" in run("eval", str(tmp_path / "toy"))
+    run("report", str(tmp_path / "toy"))
+    assert "data:image/png" in (tmp_path / "toy/report.html").read_text()

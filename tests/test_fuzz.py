@@ -3,9 +3,11 @@
 import json
 import shutil
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import inputs
 import numpy as np
 import pytest
 from corpora import numbered, write
@@ -13,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from cclmpc_dist.data import verify
+from cclmpc_dist.data import sources, verify
+from cclmpc_dist.data.encode import encode
+from cclmpc_dist.data.formats.options import Options
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, sha256
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
@@ -178,3 +182,36 @@ def test_pickles_are_not_loaded(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         Reader(Index.open(out)).image(0)
     assert not mark.exists()
+
+
+def sound_files(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """By format: the corpus's folder and a sound file in it."""
+    inputs.series(folder / "dicom/p", inputs.volume(0, (9, 8, 2)))
+    photo = np.random.default_rng(0).integers(0, 256, (12, 10, 3)).astype(np.uint8)
+    files = {
+        "nifti": inputs.nifti(folder / "nifti/a.nii.gz", inputs.volume()),
+        "nrrd": inputs.nrrd_file(folder / "nrrd/a.nrrd", inputs.volume()),
+        "dicom": next((folder / "dicom/p").iterdir()),
+    }
+    found = {name: (folder / name, path) for name, path in files.items()}
+    for ending in ("png", "jpg", "tif"):
+        found[ending] = (folder / ending, inputs.picture(folder / ending / f"a.{ending}", photo))
+    plain = inputs.nifti(folder / "plain/a.nii", inputs.volume())
+    raw = inputs.nrrd_file(folder / "raw/a.nrrd", inputs.volume(), encoding="raw")
+    return found | {"plain": (folder / "plain", plain), "raw": (folder / "raw", raw)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nifti", "plain", "nrrd", "raw", "dicom", "png", "jpg", "tif"])
+@settings(parent=LIMITS, max_examples=250)
+@given(harm=st.lists(st.tuples(st.integers(0, 900), st.binary(min_size=1, max_size=6)), max_size=4), keep=KEEP)
+def test_source_files_of_any_bytes(name: str, harm: list[tuple[int, bytes]], keep: float) -> None:
+    """Each is read, or refused in words."""
+    format_ = {"plain": "nifti", "raw": "nrrd", "png": "images", "jpg": "images", "tif": "images"}.get(name, name)
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder, path = sound_files(Path(place))[name]
+        path.write_bytes(change(path.read_bytes(), harm, keep))
+        with suppress(InputError):
+            for handle in sources.cases(format_, folder, None, Options()):
+                encode(handle, None, "none")
