@@ -79,7 +79,7 @@ def shard(
     """
     from cclmpc_dist.data import phantom, shards, sources
     from cclmpc_dist.data.case import Handle
-    from cclmpc_dist.data.formats.options import parse
+    from cclmpc_dist.data.formats.options import Options, parse
     from cclmpc_dist.data.merge import merge
     from cclmpc_dist.data.parts import Settings
 
@@ -90,8 +90,9 @@ def shard(
     )  # fmt: skip
     cases: Sequence[Handle]
     if format == "phantom":
-        if not source.isdigit() or list_file is not None:
-            raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list")
+        if not source.isdigit() or list_file is not None or options != Options(classes=classes):
+            raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list "
+                             "or other options of files")  # fmt: skip
         cases = phantom.cases(int(source), seed, size)
     else:
         cases = sources.cases(format, source, list_file, options)
