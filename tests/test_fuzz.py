@@ -184,34 +184,33 @@ def test_pickles_are_not_loaded(corpus: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def sound_files(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """By format: the corpus's folder and a sound file in it."""
-    inputs.series(folder / "dicom/p", inputs.volume(0, (9, 8, 2)))
-    photo = np.random.default_rng(0).integers(0, 256, (12, 10, 3)).astype(np.uint8)
-    files = {
-        "nifti": inputs.nifti(folder / "nifti/a.nii.gz", inputs.volume()),
-        "nrrd": inputs.nrrd_file(folder / "nrrd/a.nrrd", inputs.volume()),
-        "dicom": next((folder / "dicom/p").iterdir()),
-    }
-    found = {name: (folder / name, path) for name, path in files.items()}
-    for ending in ("png", "jpg", "tif"):
-        found[ending] = (folder / ending, inputs.picture(folder / ending / f"a.{ending}", photo))
-    plain = inputs.nifti(folder / "plain/a.nii", inputs.volume())
-    raw = inputs.nrrd_file(folder / "raw/a.nrrd", inputs.volume(), encoding="raw")
-    return found | {"plain": (folder / "plain", plain), "raw": (folder / "raw", raw)}
+PHOTO = np.random.default_rng(0).integers(0, 256, (12, 10, 3)).astype(np.uint8)
+SOUND = {  # file name -> what writes it
+    "a.nii.gz": lambda path: inputs.nifti(path, inputs.volume()),
+    "a.nii": lambda path: inputs.nifti(path, inputs.volume()),
+    "a.nrrd": lambda path: inputs.nrrd_file(path, inputs.volume()),
+    "raw.nrrd": lambda path: inputs.nrrd_file(path, inputs.volume(), encoding="raw"),
+    "a.dcm": lambda path: inputs.slice_file(path, inputs.volume(0, (9, 8)), 0.0, "1.2.3"),
+    "a.png": lambda path: inputs.picture(path, PHOTO),
+    "a.jpg": lambda path: inputs.picture(path, PHOTO),
+    "a.tif": lambda path: inputs.picture(path, PHOTO),
+}
+FORMATS = {".gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".dcm": "dicom"}
+
+
+@pytest.fixture(scope="module", params=SOUND)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SOUND[request.param](tmp_path_factory.mktemp("source") / request.param)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nifti", "plain", "nrrd", "raw", "dicom", "png", "jpg", "tif"])
 @settings(parent=LIMITS, max_examples=250)
 @given(harm=st.lists(st.tuples(st.integers(0, 900), st.binary(min_size=1, max_size=6)), max_size=4), keep=KEEP)
-def test_source_files_of_any_bytes(name: str, harm: list[tuple[int, bytes]], keep: float) -> None:
+def test_source_files_of_any_bytes(source: Path, harm: list[tuple[int, bytes]], keep: float) -> None:
     """Each is read, or refused in words."""
-    format_ = {"plain": "nifti", "raw": "nrrd", "png": "images", "jpg": "images", "tif": "images"}.get(name, name)
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folder, path = sound_files(Path(place))[name]
-        path.write_bytes(change(path.read_bytes(), harm, keep))
+        (Path(folder) / source.name).write_bytes(change(source.read_bytes(), harm, keep))
         with suppress(InputError):
-            for handle in sources.cases(format_, folder, None, Options()):
+            for handle in sources.cases(FORMATS.get(source.suffix, "images"), folder, None, Options()):
                 encode(handle, None, "none")

@@ -1,6 +1,8 @@
 """Which files make a case: names, suffixes, lists, labels beside images."""
 
 import re
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,12 @@ from pathlib import Path
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats.options import Options
 from cclmpc_dist.errors import InputError
+
+# What the libraries raise, one or another, for bytes that are no file of theirs.
+UNREADABLE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.formats.files import Files, paired
+from cclmpc_dist.data.formats.files import UNREADABLE, Files, paired
 from cclmpc_dist.data.formats.labels import to_classes
 from cclmpc_dist.data.formats.normalise import Rule, normalise
 from cclmpc_dist.data.formats.options import COLOURS, Options
@@ -64,7 +64,7 @@ def _open(path: Path) -> Any:
                 raise InputError(f"{path}: is turned by its EXIF orientation: save it upright")
             image.load()
             return image.copy()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         said = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not a readable image ({said}): truncated, damaged or of another format: "
                          "copy it again") from None  # fmt: skip

@@ -1,6 +1,5 @@
 """NIfTI (nibabel) and NRRD (pynrrd) files, one a case or one a channel, -> Cases."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats import geometry
-from cclmpc_dist.data.formats.files import Files, paired
+from cclmpc_dist.data.formats.files import UNREADABLE, Files, paired
 from cclmpc_dist.data.formats.geometry import Volume
 from cclmpc_dist.data.formats.labels import to_classes
 from cclmpc_dist.data.formats.normalise import Rule, normalise
@@ -111,7 +110,7 @@ def _nifti(path: Path) -> Volume:
         array = np.asanyarray(image.dataobj)
     except HeaderDataError as error:
         raise InputError(f"{path}: its header says what cannot be ({_line(error)}): repair the header") from None
-    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (ImageFileError, *UNREADABLE) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_line(error)}): {DAMAGED}") from None
     if not np.isfinite(image.header["pixdim"][1:4]).all():
         raise InputError(f"{path}: its spacing is not finite: repair the header")
@@ -129,7 +128,7 @@ def _nrrd(path: Path) -> Volume:
             if "data file" in header or "datafile" in header:
                 raise InputError(f"{path}: its voxels are in another file: save header and voxels as one .nrrd")
             array = nrrd.read_data(header, file, str(path))
-    except (nrrd.NRRDError, OSError, EOFError, ValueError, StopIteration, KeyError, zlib.error) as error:
+    except (nrrd.NRRDError, StopIteration, *UNREADABLE) as error:
         raise InputError(f"{path}: not a readable NRRD file ({_line(error)}): {DAMAGED}") from None
     directions = header.get("space directions")
     spatial = [] if directions is None else [axis for axis, row in enumerate(directions) if np.isfinite(row).any()]
