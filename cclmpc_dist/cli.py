@@ -157,6 +157,22 @@ def inspect(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file; configs/ has examples")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in data.batch_labelled=4")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes the run would have")] = 1,
+) -> None:
+    """Say what a run would ask of its corpus, as JSON: steps an epoch, bytes a rank, cache, memory of batches.
+
+    From the index alone; `cclmpc train --dry-run` takes a step and tells memory and time.
+    """
+    from cclmpc_dist.config import load
+    from cclmpc_dist.training import plan as room
+
+    print(json.dumps(room.plan(load(config, overrides or []), ranks), indent=1))
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; configs/ has examples")],
     overrides: Annotated[
