@@ -399,3 +399,13 @@ def test_inspect_tells_what_is_there(corpus):
     labels = np.concatenate([case.label.ravel() for n, case in enumerate(numbered(8)) if n != 5])
     expected = np.bincount(labels, minlength=3) / labels.size
     np.testing.assert_allclose(summary["class_fractions"], expected, atol=1e-6)
+
+
+def test_the_same_image_in_both_splits_is_found(tmp_path):
+    """Not empty ones, which are alike everywhere."""
+    cases = numbered(4)
+    cases[3].image, cases[3].label = cases[0].image, cases[0].label
+    cases[1].image, cases[2].image = np.zeros_like(cases[1].image), np.zeros_like(cases[2].image)
+    assert len(verify(write(tmp_path / "train", cases).path)) == 0
+    (problem,) = verify(write(tmp_path / "both", cases, val_last=2).path)
+    assert "case case-003: its image is that of case case-000 in the other split" in problem

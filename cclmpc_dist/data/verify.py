@@ -1,5 +1,6 @@
 """Is a corpus what its index says, and what is in it."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -24,7 +25,7 @@ def verify(path: str | Path) -> list[str]:
 
     The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
     whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
-    and label range it says. No patient may be in both splits.
+    and label range it says. No patient and no image may be in both splits.
     """
     try:
         index = Index.open(path, check=False)
@@ -47,10 +48,11 @@ def verify(path: str | Path) -> list[str]:
 
 @dataclass
 class _Told:
-    """What the samples' JSON says that concerns more than the sample: patients by name, with split and case."""
+    """What concerns more than the sample: patients by name and images by hash, with split and case."""
 
     cropped: set[bool] = field(default_factory=set)
     patients: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images: dict[bytes, tuple[int, str]] = field(default_factory=dict)
 
 
 def _shard(index: Index, number: int, digest: str, told: _Told) -> Iterator[str]:
@@ -83,7 +85,9 @@ def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]
         if found.get(f"{index.key(row)}.{part}{extension}") != place:
             yield f"its {part} is not where the index says: shard again"
         elif part == "image":
-            yield from _image(_array(file, place, index.compress), shape, DTYPES[index["dtype"][row]])
+            image = _array(file, place, index.compress)
+            yield from _image(image, shape, DTYPES[index["dtype"][row]])
+            yield from _twice(image, index, row, told)
         elif part == "label":
             yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
         else:
@@ -136,6 +140,16 @@ def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) ->
         yield f"its image is {image.dtype} {image.shape}, the index says {dtype} {shape}: shard again"
     elif not np.isfinite(image).all():
         yield "its image holds NaN or infinity: repair the source and shard again"
+
+
+def _twice(image: np.ndarray | None, index: Index, row: int, told: _Told) -> Iterator[str]:
+    """Says if the same image is in the other split; empty ones are alike without being the same."""
+    if image is None or image.dtype not in DTYPES or not image.size or image.min() == image.max():
+        return
+    digest = hashlib.blake2b(memoryview(np.ascontiguousarray(image)), digest_size=16).digest()
+    split, other = told.images.setdefault(digest, (int(index["split"][row]), index.key(row)))
+    if split != index["split"][row]:
+        yield f"its image is that of case {other} in the other split: leave one of them out and shard again"
 
 
 def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> Iterator[str]:
