@@ -3,7 +3,7 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import inputs
 import nibabel
@@ -354,3 +354,8 @@ def test_photographs_from_shards_to_a_report(
     assert "Dice" in run("eval", str(tmp_path / "toy"))
     run("report", str(tmp_path / "toy"))
     assert "data:image/png" in (tmp_path / "toy/report.html").read_text()
+
+
+def test_the_verb_offers_every_format() -> None:
+    offered = get_args(get_args(get_type_hints(cli.shard, include_extras=True)["format"])[0])
+    assert set(offered) == {*sources.FORMATS, "phantom"}

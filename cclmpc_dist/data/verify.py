@@ -146,7 +146,7 @@ def _twice(image: np.ndarray | None, index: Index, row: int, told: _Told) -> Ite
     """Says if the same image is in the other split; empty ones are alike without being the same."""
     if image is None or image.dtype not in DTYPES or not image.size or image.min() == image.max():
         return
-    digest = hashlib.blake2b(memoryview(np.ascontiguousarray(image)), digest_size=16).digest()
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
     split, other = told.images.setdefault(digest, (int(index["split"][row]), index.key(row)))
     if split != index["split"][row]:
         yield f"its image is that of case {other} in the other split: leave one of them out and shard again"
