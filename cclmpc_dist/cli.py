@@ -31,7 +31,10 @@ Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
 @app.command()
 def shard(
     source: Annotated[str, typer.Argument(help="the corpus's folder; for phantom the number of cases")],
-    format: Annotated[Literal["la-h5", "phantom"], typer.Option(help="what the corpus is")],
+    format: Annotated[
+        Literal["la-h5", "acdc-h5", "acdc-h5-volumes", "nifti", "nrrd", "dicom", "images", "phantom"],
+        typer.Option(help="what the corpus is; docs/formats.md has what each reads and takes"),
+    ],
     out: Annotated[Path, typer.Option(help="new folder for the shards and their index, or one begun before")],
     list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases and their order")] = None,
     labelled: Annotated[int | None, typer.Option(min=1, help="the first N training cases count as labelled")] = None,
@@ -50,6 +53,21 @@ def shard(
     part: Annotated[
         str, typer.Option(help="i/N: only the i-th run of cases; `cclmpc merge` joins all N", metavar="I/N")
     ] = "1/1",
+    labels: Annotated[Path | None, typer.Option(help="folder of labels, named as the images are")] = None,
+    label_suffix: Annotated[str, typer.Option(help="what a label's name has after the case's, as in _seg")] = "",
+    label_map: Annotated[
+        str | None, typer.Option(help="values to classes, as in 0=0,255=1 or 0..127=0,128..255=1", metavar="V=C,...")
+    ] = None,
+    normalise: Annotated[
+        str | None,
+        typer.Option(help="none, zscore, percentile:LOW,HIGH or window:LOW,HIGH; unset: zscore, none for h5"),
+    ] = None,
+    spacing: Annotated[str | None, typer.Option(help="resample to so many mm", metavar="X,Y,Z")] = None,
+    orient: Annotated[Literal["RAS", "keep"], typer.Option(help="turn axes to right, front, up, or not")] = "RAS",
+    resize: Annotated[str | None, typer.Option(help="resize images to so many pixels", metavar="H,W")] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="suffixes of a case's files, as in _t1,_t2; or axis; for images grey or rgb")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the phantom")] = 0,
     size: Annotated[int, typer.Option(min=16, help="edge of the phantom's volumes in voxels")] = 64,
 ) -> None:
@@ -60,18 +78,24 @@ def shard(
     """
     from cclmpc_dist.data import phantom, shards, sources
     from cclmpc_dist.data.case import Handle
+    from cclmpc_dist.data.formats.options import Options, parse
     from cclmpc_dist.data.merge import merge
     from cclmpc_dist.data.parts import Settings
 
     number, parts = _part(part)
+    options = parse(
+        labels=labels, label_suffix=label_suffix, label_map=label_map, classes=classes, normalise=normalise,
+        spacing=spacing, orient=orient, resize=resize, channels=channels,
+    )  # fmt: skip
     cases: Sequence[Handle]
     if format == "phantom":
-        if not source.isdigit() or list_file is not None:
-            raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list")
+        if not source.isdigit() or list_file is not None or options != Options(classes=classes):
+            raise InputError(f"{source}: --format phantom takes a number of cases in place of a folder, and no --list "
+                             "or other options of files")  # fmt: skip
         cases = phantom.cases(int(source), seed, size)
     else:
-        cases = sources.la_h5(source, list_file)
-    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts)
+        cases = sources.cases(format, source, list_file, options)
+    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts, str(options))
     record = shards.write_part(cases, out, settings, number, workers or len(os.sched_getaffinity(0)))
     if record is None:
         print(f"{out}: complete already")
@@ -117,11 +141,34 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> No
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> None:
-    """Say what a shard folder holds, as JSON."""
+def inspect(
+    path: Annotated[Path, typer.Argument(help="folder of shards")],
+    sheet: Annotated[Path | None, typer.Option(help="PNG to write: a plane of up to 18 cases with its label")] = None,
+) -> None:
+    """Say what a shard folder holds, as JSON: counts, sizes, spacing, intensities, classes."""
     from cclmpc_dist.data import verify as room
 
     print(json.dumps(room.inspect(path), indent=1))
+    if sheet is not None:
+        from cclmpc_dist.evaluation import pictures
+
+        sheet.write_bytes(pictures.sheet(room.sheet(path)))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file; configs/ has examples")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings, as in data.batch_labelled=4")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes the run would have")] = 1,
+) -> None:
+    """Say what a run would ask of its corpus, as JSON: steps an epoch, bytes a rank, cache, memory of batches.
+
+    From the index alone; `cclmpc train --dry-run` takes a step and tells memory and time.
+    """
+    from cclmpc_dist.config import load
+    from cclmpc_dist.training import plan as room
+
+    print(json.dumps(room.plan(load(config, overrides or []), ranks), indent=1))
 
 
 @app.command()

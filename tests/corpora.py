@@ -8,7 +8,7 @@ import numpy as np
 
 from cclmpc_dist.data import index, shards
 from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.sources import LA_FILE
+from cclmpc_dist.data.formats.h5 import LA_FILE
 
 
 def numbered(

@@ -263,8 +263,9 @@ def test_help_is_quick_to_load_and_names_every_verb() -> None:
 def test_core_imports_where_ray_and_deepspeed_are_missing() -> None:
     probe = (
         "import sys\n"
-        "for name in ('ray', 'deepspeed', 'monai'): sys.modules[name] = None\n"
+        "for name in ('ray', 'deepspeed', 'monai', 'nibabel', 'nrrd', 'pydicom'): sys.modules[name] = None\n"
         "import cclmpc_dist.training.trainer, cclmpc_dist.models.swin, cclmpc_dist.evaluation.report\n"
+        "import cclmpc_dist.data.sources\n"
     )
     subprocess.run([sys.executable, "-c", probe], check=True)
 

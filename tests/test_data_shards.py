@@ -120,7 +120,7 @@ def test_foreground_voxels_lie_in_their_class(tmp_path):
     label[25, 5, 5] = 3
     empty = Case("empty", np.zeros((1, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.uint8), (1.0,) * 3)
     full = Case("full", np.zeros((1, *label.shape), np.float32), label, (1.0,) * 3)
-    index = write(tmp_path / "out", [empty, full])
+    index = write(tmp_path / "out", [empty, full], classes=4)
     assert index.foreground(0) == []
     one, three = index.foreground(1)
     assert one.shape == (64, 3)
@@ -399,3 +399,13 @@ def test_inspect_tells_what_is_there(corpus):
     labels = np.concatenate([case.label.ravel() for n, case in enumerate(numbered(8)) if n != 5])
     expected = np.bincount(labels, minlength=3) / labels.size
     np.testing.assert_allclose(summary["class_fractions"], expected, atol=1e-6)
+
+
+def test_the_same_image_in_both_splits_is_found(tmp_path):
+    """Not empty ones, which are alike everywhere."""
+    cases = numbered(4)
+    cases[3].image, cases[3].label = cases[0].image, cases[0].label
+    cases[1].image, cases[2].image = np.zeros_like(cases[1].image), np.zeros_like(cases[2].image)
+    assert len(verify(write(tmp_path / "train", cases).path)) == 0
+    (problem,) = verify(write(tmp_path / "both", cases, val_last=2).path)
+    assert "case case-003: its image is that of case case-000 in the other split" in problem

@@ -8,8 +8,8 @@ from corpora import numbered, write, write_h5
 
 from cclmpc_dist.data import encode, phantom
 from cclmpc_dist.data.case import Case
+from cclmpc_dist.data.formats.h5 import la_h5
 from cclmpc_dist.data.reader import Reader
-from cclmpc_dist.data.sources import la_h5
 from cclmpc_dist.errors import InputError
 
 LA = Path(__file__).parents[1].parent / "shared/la"

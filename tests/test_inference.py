@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cclmpc_dist.evaluation.inference import sliding_window, starts
+from cclmpc_dist.evaluation.inference import by_slice, sliding_window, starts
 
 
 @pytest.mark.parametrize(
@@ -125,3 +125,18 @@ def test_cuda_equals_cpu():
     expected = sliding_window(lambda x: torch.cat([x, -x], 1).softmax(1), image, **arguments)
     assert found.is_cuda
     torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_2d_network_sees_each_slice_of_a_volume_by_itself() -> None:
+    """And its probabilities lie where the slice does."""
+    image = torch.randn(1, 12, 10, 5, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def predict(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows.shape)
+        return torch.cat([windows.sigmoid(), 1 - windows.sigmoid()], dim=1)
+
+    found = by_slice(predict, image, (8, 8), (4, 4), classes=2)
+    assert found.shape == (2, 12, 10, 5)
+    torch.testing.assert_close(found[:1], image.sigmoid())
+    assert {len(shape) for shape in seen} == {4}

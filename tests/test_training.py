@@ -22,7 +22,7 @@ from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.losses.terms import Additive, Ratio
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
-from cclmpc_dist.training import preemption
+from cclmpc_dist.training import plan, preemption
 from cclmpc_dist.training.checkpoint import complete_steps, read_state
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.objective import objective
@@ -271,3 +271,21 @@ def test_gpu_trains_in_mixed_precision(precision: str, toy_corpus: Path, tmp_pat
     raw = toy.settings(toy_corpus, tmp_path, precision=precision, ema=0.5, budget__images=120)
     (averaged,) = run_ranks(train_quietly, 1, raw)
     assert all(torch.isfinite(value).all() for value in averaged.values())
+
+
+def test_the_plan_is_what_the_streams_do(toy_corpus: Path, tmp_path: Path) -> None:
+    """Counted by walking an epoch of every lane."""
+    config = toy.config(toy_corpus, tmp_path, data__workers=1)
+    said = plan.plan(config, 3)
+    index = Index.open(toy_corpus)
+    part = said["streams"]["unlabelled"]
+    assert (part["samples"], part["batch"], part["lanes_a_rank"]) == (8, 6, 2)
+    order = Order(select(index, None)["unlabelled"], index["shard"][select(index, None)["unlabelled"]], 6, 1337, "x")
+    rows = [order.lane(0, t, lane)[0] for t in range(part["steps_an_epoch"]) for lane in range(6)]
+    assert len(rows) - len(set(rows)) == part["repeats_an_epoch"]
+    size = int(sum(index["image_bytes"][rows] + index["json_bytes"][rows])) / 3 / 2**20
+    assert part["read_mib_a_rank_and_epoch"] == pytest.approx(size, rel=0.2, abs=0.1)
+    assert part["batches_mib_a_rank"] == round(2 * 32 * 16 * 16 * 1 * 3 / 2**20, 1)
+    assert said["steps"] == 240 // 12
+    with pytest.raises(InputError, match="does not divide over 5 ranks"):
+        plan.plan(config, 5)

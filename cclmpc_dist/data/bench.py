@@ -13,9 +13,9 @@ import torch
 from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.encode import Compression
+from cclmpc_dist.data.formats.h5 import LA_FILE, la_h5
 from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import Batch, Stream
-from cclmpc_dist.data.sources import LA_FILE, la_h5
 
 
 def bench_loader(

@@ -29,7 +29,7 @@ class Case:
 
     key: unique name. image: float32 or integer (C, *S). label: uint8 (*S), None where there is none. spacing:
     mm a voxel, one number an axis. meta: what JSON can hold, such as `patient`, `affine`, `normalisation`,
-    `cropped_by_label`.
+    `cropped_by_label`. scale, offset: the network sees offset + scale * image.
     """
 
     key: str
@@ -37,6 +37,8 @@ class Case:
     label: np.ndarray | None
     spacing: tuple[float, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    offset: float = 0.0
 
     @property
     def fingerprint(self) -> str:

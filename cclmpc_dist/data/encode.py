@@ -46,6 +46,7 @@ def encode(handle: Handle, classes: int | None, compress: Compression) -> Sample
     case = handle.read()
     check(case, classes)
     stored, scale, offset = quantise(case.image)
+    scale, offset = case.scale * scale, case.offset + case.scale * offset
     meta = _meta(case, scale, offset)
     return Sample(
         case.key, str(meta["patient"]), _members(case, stored, meta, compress), stored.shape, case.spacing,
@@ -79,11 +80,12 @@ def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
     values = _distinct(image)
     if values is None:
         return image.astype("<f4"), 1.0, 0.0
-    if image.dtype.kind in "iub" or np.array_equal(values, np.round(values)):
+    whole = image.dtype.kind in "iub" or np.array_equal(values, np.round(values))
+    if whole:
         for dtype in DTYPES[:2]:
             if values[0] >= np.iinfo(dtype).min and values[-1] <= np.iinfo(dtype).max:
                 return image.astype(dtype), 1.0, 0.0
-    scale = _step(values)
+    scale = 1.0 if whole and values[-1] - values[0] < 1 << 16 else _step(values)
     if scale is None:
         return image.astype("<f4"), 1.0, 0.0
     offset, levels = float(values[0]), round((values[-1] - values[0]) / scale)

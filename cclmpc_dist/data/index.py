@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from cclmpc_dist.data import sound
 from cclmpc_dist.errors import InputError
 
 VERSION = 1
@@ -34,6 +36,7 @@ INDEX = "index.safetensors"
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
+LOOKED_THROUGH = 1 << 20  # samples up to which every value is looked at; beyond, `cclmpc verify` alone does
 _TYPES = {"I64": "<i8", "F64": "<f8", "I32": "<i4", "U8": "<u1"}  # in the order in which safetensors stores them
 
 
@@ -51,6 +54,10 @@ class Index:
         self.path = path
         self.manifest = manifest
         self.columns = _columns(path / INDEX)
+        unsound = sound.structure(self.columns)
+        if unsound:
+            raise InputError(f"{path / INDEX}: {unsound}: damaged, or the index of another corpus than {MANIFEST}: "
+                             "shard again")  # fmt: skip
         self.identity: str = manifest["index_sha256"]
         self.classes: int = manifest["classes"]
         self.channels: int = manifest["channels"]
@@ -94,6 +101,9 @@ class Index:
             if self.manifest[name] != value
         ]
         problems += self._miscounted()
+        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
+        if unsound:
+            return [unsound]
         for number, shard in enumerate(self.manifest["shards"]):
             path = self.shard_path(number)
             if not path.is_file():
@@ -104,6 +114,11 @@ class Index:
                     f"{path}: has {size} of {shard['bytes']} bytes: truncated, copy it again or shard again"
                 )
         return problems
+
+    def unsound(self) -> str:
+        """What the columns say that cannot be, one line, or nothing."""
+        found = sound.values(self.columns, self.manifest, np.array([dtype.itemsize for dtype in DTYPES]))
+        return found and f"{self.path / INDEX}: {found}: damaged, shard again"
 
     def _miscounted(self) -> list[str]:
         """Shards whose number of samples the index contradicts, one line each."""
@@ -288,19 +303,20 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and isinstance(shards, list)
         and all(isinstance(entry, dict) for entry in shards)
         and all(isinstance(entry.get(name), kind) for entry in shards for name, kind in fields.items())
+        and all(re.fullmatch(r"[\w.\-]+\.tar", entry["name"]) and entry["bytes"] >= 0 for entry in shards)
     )
 
 
 def _columns(file: Path) -> dict[str, np.ndarray]:
     """Views into the memory-mapped safetensors file: an 8-byte length, a JSON header, the arrays' bytes."""
-    data = np.memmap(file, np.uint8, "r").view(np.ndarray)
     try:
+        data = np.memmap(file, np.uint8, "r").view(np.ndarray)
         length = int(data[:8].view("<u8")[0])
         header = json.loads(data[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
         body = data[8 + length :]
         return {name: _view(body, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, IndexError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{file}: not an index: shard again") from None
 
 

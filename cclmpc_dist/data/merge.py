@@ -82,6 +82,7 @@ class _Survey:
     widest: int = 0
     voxels: int = 0
     classes: int = 2
+    present: set[int] = field(default_factory=set)  # classes from 1 on that a label holds
     form: list[int] = field(default_factory=list)
     cropped_by_label: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -101,6 +102,11 @@ def _survey(out: Path, parts: list[_Found]) -> _Survey:
         raise InputError(f"{out}: {accounted} of {settings['cases']} cases are accounted for: shard the parts again")
     if not all_of_it.rows:
         raise InputError(f"{out}: all {accounted} cases were left out: {all_of_it.skipped[0]['why']}")
+    absent = sorted(set(range(1, all_of_it.classes)) - all_of_it.present)
+    if settings["classes"] is None and all_of_it.present and absent:
+        held = ", ".join(map(str, sorted(all_of_it.present)))
+        raise InputError(f"{out}: the labels hold {held} and never {absent[0]}: say --classes {all_of_it.classes} "
+                         "if that is right, or shard anew with --label-map")  # fmt: skip
     return all_of_it
 
 
@@ -118,6 +124,7 @@ def _add(survey: _Survey, out: Path, piece: Piece, train: int) -> None:
     survey.widest = max(survey.widest, *map(len, told["keys"]))
     survey.voxels += len(piece.columns["voxels"])
     survey.classes = max(survey.classes, told["top"] + 1)
+    survey.present.update(piece.columns["voxel_class"].tolist())
     survey.cropped_by_label |= told["cropped_by_label"]
     survey.shards.append(entry)
     survey.skipped += told["skipped"]

@@ -40,6 +40,7 @@ class Settings:
     compress: Compression = "none"
     on_error: Literal["fail", "skip"] = "fail"
     parts: int = 1
+    options: str = ""  # of the format, as given
 
     def of(self, cases: Sequence[Handle]) -> dict[str, Any]:
         """As JSON, with the number and a hash of the names of the cases."""

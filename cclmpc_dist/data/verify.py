@@ -1,5 +1,6 @@
 """Is a corpus what its index says, and what is in it."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -15,7 +16,8 @@ from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, edited, sha256
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
 
-LOOKED_AT = 16  # volumes read for the summary, evenly taken
+LOOKED_AT = 18  # volumes read for the summary, evenly taken
+BINS = 32  # of the intensity histogram, from the 1st to the 99th percentile
 
 
 def verify(path: str | Path) -> list[str]:
@@ -23,15 +25,16 @@ def verify(path: str | Path) -> list[str]:
 
     The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
     whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
-    and label range it says. No patient may be in both splits.
+    and label range it says. No patient and no image may be in both splits.
     """
     try:
         index = Index.open(path, check=False)
     except InputError as error:
         return [str(error)]
     problems = index.problems()
-    if problems and INDEX in problems[0]:
-        return problems
+    unsound = index.unsound()
+    if unsound or (problems and INDEX in problems[0]):
+        return problems or [unsound]
     told = _Told()
     for number, shard in enumerate(index.manifest["shards"]):
         file = index.shard_path(number)
@@ -45,10 +48,11 @@ def verify(path: str | Path) -> list[str]:
 
 @dataclass
 class _Told:
-    """What the samples' JSON says that concerns more than the sample: patients by name, with split and case."""
+    """What concerns more than the sample: patients by name and images by hash, with split and case."""
 
     cropped: set[bool] = field(default_factory=set)
     patients: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images: dict[bytes, tuple[int, str]] = field(default_factory=dict)
 
 
 def _shard(index: Index, number: int, digest: str, told: _Told) -> Iterator[str]:
@@ -81,7 +85,9 @@ def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]
         if found.get(f"{index.key(row)}.{part}{extension}") != place:
             yield f"its {part} is not where the index says: shard again"
         elif part == "image":
-            yield from _image(_array(file, place, index.compress), shape, DTYPES[index["dtype"][row]])
+            image = _array(file, place, index.compress)
+            yield from _image(image, shape, DTYPES[index["dtype"][row]])
+            yield from _twice(image, index, row, told)
         elif part == "label":
             yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
         else:
@@ -136,6 +142,16 @@ def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) ->
         yield "its image holds NaN or infinity: repair the source and shard again"
 
 
+def _twice(image: np.ndarray | None, index: Index, row: int, told: _Told) -> Iterator[str]:
+    """Says if the same image is in the other split; empty ones are alike without being the same."""
+    if image is None or image.dtype not in DTYPES or not image.size or image.min() == image.max():
+        return
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+    split, other = told.images.setdefault(digest, (int(index["split"][row]), index.key(row)))
+    if split != index["split"][row]:
+        yield f"its image is that of case {other} in the other split: leave one of them out and shard again"
+
+
 def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> Iterator[str]:
     if label is None:
         yield "its label cannot be read: copy the shard again"
@@ -148,11 +164,11 @@ def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> It
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a person wants to know of a corpus, ready to print or dump as JSON. Raises InputError.
 
-    Intensities (normalised) and class fractions come from `volumes_read` volumes, evenly taken; all else from
-    the index.
+    Intensities (normalised), their histogram and class fractions come from `volumes_read` volumes, evenly taken;
+    all else from the index.
     """
     index = Index.open(path)
-    rows = np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
+    rows = looked_at(index)
     manifest, shape, spacing = index.manifest, index["shape"][:, 1:], index["spacing"]
     return {
         "source": manifest["source"], "compress": index.compress, "cropped_by_label": manifest["cropped_by_label"],
@@ -164,20 +180,52 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "size_median": np.median(shape, axis=0).tolist(),
         "spacing_min": spacing.min(0).tolist(), "spacing_max": spacing.max(0).tolist(),
         "stored_as": {str(dtype): int((index["dtype"] == code).sum()) for code, dtype in enumerate(DTYPES)},
-        "volumes_read": len(rows), **_intensities(index, rows),
+        "samples_with_class": _with_class(index), "volumes_read": len(rows), **_intensities(index, rows),
         "first_keys": [index.key(row) for row in range(min(5, len(index)))],
     }  # fmt: skip
+
+
+def _with_class(index: Index) -> list[int]:
+    """Samples whose label holds class 1, 2, ..."""
+    return (np.diff(index["voxel_at"]) > 0).reshape(len(index), -1).sum(0).tolist()
 
 
 def _intensities(index: Index, rows: list[int]) -> dict[str, Any]:
     reader = Reader(index)
     marks = (0, 1, 50, 99, 100)
-    values = [np.percentile(reader.normalised(row), marks) for row in rows]
-    counts = [
-        np.bincount(reader.label(row).reshape(-1), minlength=index.classes) for row in rows if index["label_bytes"][row]
-    ]
-    fractions = np.sum(counts, axis=0) / np.sum(counts) if counts else np.zeros(index.classes)
+    marked = np.array([np.percentile(reader.normalised(row), marks) for row in rows])
+    edges = np.linspace(marked[:, 1].min(), max(marked[:, 3].max(), marked[:, 1].min() + 1e-6), BINS + 1)
+    counts = np.sum([np.histogram(reader.normalised(row), edges)[0] for row in rows], axis=0)
+    voxels = np.sum([_voxels(reader, row) for row in rows if index["label_bytes"][row]] or np.zeros((1, 1)), axis=0)
+    fractions = voxels / max(1, voxels.sum()) if voxels.sum() else np.zeros(index.classes)
     return {
-        "percentiles": {str(mark): round(float(v), 4) for mark, v in zip(marks, np.mean(values, axis=0), strict=True)},
+        "percentiles": {str(mark): round(float(v), 4) for mark, v in zip(marks, marked.mean(0), strict=True)},
+        "histogram": {"edges": edges.round(4).tolist(), "counts": counts.tolist()},
         "class_fractions": [round(float(f), 6) for f in fractions],
     }
+
+
+def _voxels(reader: Reader, row: int) -> np.ndarray:
+    """Voxels of each class. Raises InputError where the label holds others."""
+    classes = reader.index.classes
+    counts = np.bincount(reader.label(row).reshape(-1), minlength=classes)
+    if len(counts) > classes:
+        raise InputError(f"{reader.index.path}: case {reader.index.key(row)}: its label holds {len(counts) - 1}, "
+                         f"classes end at {classes - 1}: look with `cclmpc verify`")  # fmt: skip
+    return counts
+
+
+def looked_at(index: Index) -> list[int]:
+    """Up to LOOKED_AT rows, evenly taken."""
+    return np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
+
+
+def sheet(path: str | Path) -> list[tuple[str, np.ndarray, np.ndarray | None, list[float]]]:
+    """Name, first channel as normalised (*S), label or None, spacing of the same cases. Raises InputError."""
+    index = Index.open(path)
+    reader = Reader(index)
+    found = []
+    for row in looked_at(index):
+        label = reader.label(row) if index["label_bytes"][row] else None
+        found.append((index.key(row), reader.normalised(row)[0], label, index["spacing"][row].tolist()))
+    return found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.evaluation.inference import Blend, Predict, sliding_window
+from cclmpc_dist.evaluation.inference import Blend, Predict, by_slice, sliding_window
 from cclmpc_dist.evaluation.metrics import COLUMNS, STATISTICS, Row, by_case, case_metrics, summary
 
 Evaluated = tuple[
@@ -63,7 +63,8 @@ def evaluate(
     """One row a case and foreground class, in the order of the cases; the prediction is the argmax, nothing
     after it.
 
-    A case without a label has rows of NaN, so that it is listed and counted. `folder` (a run's eval/) gets
+    Volumes that a 2D patch meets are predicted slice by slice along their last axis, and scored whole. A case without
+    a label has rows of NaN, so that it is listed and counted. `folder` (a run's eval/) gets
     each case's prediction. `done` is called with the key of each finished case.
     """
     assert classes <= 256, "predictions are stored as uint8"
@@ -71,9 +72,8 @@ def evaluate(
     if folder is not None:  # from here on its predictions are of two evaluations
         (folder / "meta.json").unlink(missing_ok=True)
     for key, image, label, spacing in cases:
-        probabilities = sliding_window(
-            predict, image.to(device), patch, stride, classes=classes, batch=batch, blend=blend
-        )
+        look = by_slice if image.ndim == len(patch) + 2 else sliding_window
+        probabilities = look(predict, image.to(device), patch, stride, classes=classes, batch=batch, blend=blend)
         prediction = probabilities.argmax(0).to(torch.uint8).cpu().numpy()
         rows += [{"case": key, **row} for row in _score(prediction, label, spacing, classes)]
         if folder is not None:

@@ -6,7 +6,7 @@ Layout: C channels, S spatial (H,W or X,Y,Z), K classes, b windows at once.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,13 @@ def sliding_window(
     # A window's weight is a product over axes, so the sum over the grid of windows is one too.
     seen = [_cover(n, a, w) for n, a, w in zip(padded.shape[1:], axes, weights, strict=True)]
     return (total / _outer(seen))[(slice(None), *inside)]
+
+
+def by_slice(predict: Predict, image: Tensor, patch: Sequence[int], stride: Sequence[int], **options: Any) -> Tensor:
+    """(K, H, W, Z) probabilities of a (C, H, W, Z) image by a 2D network: `sliding_window` of each slice of the last
+    axis by itself."""
+    slices = [sliding_window(predict, one, patch, stride, **options) for one in image.unbind(-1)]
+    return torch.stack(slices, dim=-1)
 
 
 def _pad(image: Tensor, patch: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:

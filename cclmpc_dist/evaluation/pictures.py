@@ -68,18 +68,42 @@ def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, spacin
     grid = figure.add_gridspec(1, len(planes), width_ratios=ratios, wspace=0.03, left=0, right=1, bottom=0, top=1)
     for place, (cut, kept) in enumerate(planes):
         axes = figure.add_subplot(grid[place])
-        axes.imshow(
-            image[cut].T,
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            origin="lower",
-            aspect=spacing[kept[1]] / spacing[kept[0]],
-        )
-        _contours(axes, label[cut].T, TRUTH)
-        _contours(axes, prediction[cut].T, PREDICTION)
-        axes.set_axis_off()
+        _grey(axes, image[cut], spacing, kept)
+        _contours(axes, _turned(label[cut], kept), TRUTH)
+        _contours(axes, _turned(prediction[cut], kept), PREDICTION)
     return _bytes(figure, "png")
+
+
+def sheet(cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, Sequence[float]]]) -> bytes:
+    """A PNG of one plane a case, six a line, under its name: (name, image, label or None, spacing).
+
+    The plane is the one across the last axis through the label's centre of mass, or the image's middle; grey from
+    the image's 1st to its 99th percentile; image and label (*S).
+    """
+    columns, lines = min(6, len(cases)), -(-len(cases) // 6)
+    figure = Figure(figsize=(2.1 * columns, 2.3 * lines), layout="constrained")
+    for place, (name, image, label, spacing) in enumerate(cases, 1):
+        axes = figure.add_subplot(lines, columns, place)
+        shown = np.zeros(image.shape, np.uint8) if label is None else label
+        cut, kept = _planes(image.shape, _centre(shown, shown))[0]
+        low, high = np.percentile(image, [1, 99])
+        _grey(axes, 255 * np.clip((image[cut] - low) / max(high - low, 1e-12), 0, 1), spacing, kept)
+        _contours(axes, _turned(shown[cut], kept), TRUTH)
+        axes.set_title(name if len(name) <= 28 else f"{name[:27]}…", fontsize=7, color=_TEXT, parse_math=False)
+    return _bytes(figure, "png")
+
+
+def _grey(axes: Any, plane: np.ndarray, spacing: Sequence[float], kept: tuple[int, int]) -> None:
+    """Draw a plane of grey levels 0 to 255; photographs stand upright."""
+    origin = "lower" if kept[0] < kept[1] else "upper"
+    aspect = spacing[kept[1]] / spacing[kept[0]]
+    axes.imshow(_turned(plane, kept), cmap="gray", vmin=0, vmax=255, origin=origin, aspect=aspect)
+    axes.set_axis_off()
+
+
+def _turned(plane: np.ndarray, kept: tuple[int, int]) -> np.ndarray:
+    """A plane with axis kept[0] across and kept[1] along the picture's height."""
+    return plane.T if kept[0] < kept[1] else plane
 
 
 def _contours(axes: Any, plane: np.ndarray, colour: str) -> None:
@@ -97,9 +121,10 @@ def _centre(label: np.ndarray, prediction: np.ndarray) -> list[int]:
 
 
 def _planes(shape: Sequence[int], centre: Sequence[int]) -> list[tuple[tuple[Any, ...], tuple[int, int]]]:
-    """Index of each plane and the two axes it keeps; first the plane across the last axis (LA: axial)."""
+    """Index of each plane and the two axes it keeps, across and up (2D: across and down); first the plane across the
+    last axis (LA: axial)."""
     if len(shape) == 2:
-        return [((slice(None), slice(None)), (0, 1))]
+        return [((slice(None), slice(None)), (1, 0))]
     planes = []
     for axis in (2, 1, 0):
         cut = tuple(centre[a] if a == axis else slice(None) for a in range(3))

@@ -1,0 +1,77 @@
+"""What a user says of a corpus's files, read from the command line's words."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cclmpc_dist.data.formats.labels import LabelMap, parse_map
+from cclmpc_dist.data.formats.normalise import Rule, parse_rule
+from cclmpc_dist.errors import InputError
+
+AXIS = "axis"  # --channels axis: a file's fourth axis, or its vectors, are the channels
+COLOURS = ("grey", "rgb")
+
+
+@dataclass(frozen=True)
+class Options:
+    """labels: folder of label files. label_suffix: what their names have after the case's. label_map: file values to
+    classes. classes: labels lie in [0, classes). normalise: None takes the format's own. spacing: mm to resample to.
+    orient: "RAS" turns axes to the nearest of them, "keep" does not. resize: (height, width) in pixels. channels: the
+    suffixes of a case's files, one a channel; or AXIS; or one of COLOURS.
+    """
+
+    labels: Path | None = None
+    label_suffix: str = ""
+    label_map: LabelMap | None = None
+    classes: int | None = None
+    normalise: Rule | None = None
+    spacing: tuple[float, ...] | None = None
+    orient: str = "RAS"
+    resize: tuple[int, ...] | None = None
+    channels: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Those that bytes depend on, where they are not as they come."""
+        plain = Options()
+        given = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        return " ".join(f"{name}={value}" for name, value in given.items() if name not in ("labels", "classes"))
+
+
+def parse(
+    *,
+    labels: Path | None,
+    label_suffix: str,
+    label_map: str | None,
+    classes: int | None,
+    normalise: str | None,
+    spacing: str | None,
+    orient: str,
+    resize: str | None,
+    channels: str | None,
+) -> Options:
+    """Options from the command line's words. Raises InputError."""
+    return Options(
+        labels,
+        label_suffix,
+        parse_map(label_map) if label_map else None,
+        classes,
+        parse_rule(normalise) if normalise else None,
+        numbers(spacing, "--spacing") if spacing else None,
+        orient,
+        tuple(int(size) for size in numbers(resize, "--resize", whole=True, count=2)) if resize else None,
+        tuple(part.strip() for part in channels.split(",")) if channels else (),
+    )
+
+
+def numbers(text: str, option: str, whole: bool = False, count: int = 3) -> tuple[float, ...]:
+    """`count` positive numbers between commas. Raises InputError naming the option."""
+    parts = text.split(",")
+    kind = "whole numbers" if whole else "numbers"
+    pattern = r"\d+" if whole else r"\d+(\.\d*)?|\.\d+"
+    if len(parts) != count or not all(re.fullmatch(pattern, part.strip()) for part in parts):
+        raise InputError(f"{option} {text}: give {count} positive {kind} with commas between them")
+    values = tuple(int(part) if whole else float(part) for part in parts)
+    if not all(value > 0 and math.isfinite(value) for value in values):
+        raise InputError(f"{option} {text}: give {count} positive {kind} with commas between them")
+    return values

@@ -1,0 +1,83 @@
+"""Can the columns of an index be true, before anything believes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Columns = Mapping[str, np.ndarray]
+
+_TYPES = {
+    "shard": "<i4", "image_at": "<i8", "image_bytes": "<i8", "label_at": "<i8", "label_bytes": "<i8", "json_at": "<i8",
+    "json_bytes": "<i8", "dtype": "u1", "shape": "<i4", "scale": "<f8", "offset": "<f8", "spacing": "<f8",
+    "labelled": "u1", "split": "u1", "key_bytes": "u1", "key_at": "<i8", "key_order": "<i8", "voxel_at": "<i8",
+    "voxels": "<i4",
+}  # fmt: skip
+_NAMES = np.zeros(256, bool)
+_NAMES[[*b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz-"]] = True
+
+
+def structure(columns: Columns) -> str:
+    """What cannot be of columns, their types and sizes; empty where all is well. Reads one column."""
+    for name, dtype in _TYPES.items():
+        if name not in columns or columns[name].dtype != np.dtype(dtype):
+            return f"column {name} is missing or of another type"
+    n, shape = len(columns["shard"]), columns["shape"].shape
+    if n == 0 or len(shape) != 2 or shape[1] < 2:
+        return "no samples, or no shape"
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(_TYPES, (n,))
+    expected |= {"shape": (n, shape[1]), "spacing": (n, shape[1] - 1), "key_at": (n + 1,)}
+    expected |= {name: columns[name].shape[:1] for name in ("key_bytes", "voxel_at")}
+    expected["voxels"] = (*columns["voxels"].shape[:1], shape[1] - 1)
+    for name, size in expected.items():
+        if columns[name].shape != size:
+            return f"column {name} is of shape {columns[name].shape}, not {size}"
+    if len(columns["voxel_at"]) < n + 1 or (len(columns["voxel_at"]) - 1) % n:
+        return "column voxel_at does not fit the samples"
+    if not 0 <= columns["shard"].min() <= columns["shard"].max() < n:
+        return "column shard numbers more shards than samples"
+    return ""
+
+
+def values(columns: Columns, manifest: dict[str, Any], itemsize: np.ndarray) -> str:
+    """What cannot be of the values, for columns of sound structure; empty where all is well. Reads everything.
+
+    itemsize: bytes a voxel by code of the stored type.
+    """
+    if columns["shard"].max() >= len(manifest["shards"]):
+        return "column shard names others than the manifest"
+    shape = columns["shape"].astype(np.int64)
+    size = np.array([shard["bytes"] for shard in manifest["shards"]])[columns["shard"]]
+    if columns["dtype"].max() >= len(itemsize) or shape.min() < 1 or shape.max() > 1 << 24:
+        return "column dtype or shape names what no sample has"
+    for part in ("image", "label", "json"):
+        at, length = columns[f"{part}_at"], columns[f"{part}_bytes"]
+        if at.min() < 0 or length.min() < 0 or (at > size).any() or (length > size - at).any():
+            return f"column {part}_at or {part}_bytes leaves the shards"
+    voxels = shape[:, 1:].astype(float).prod(axis=1)
+    least = {"image": voxels * shape[:, 0] * itemsize[columns["dtype"]], "label": voxels}
+    for part, needed in least.items() if manifest["compress"] == "none" else ():
+        if ((columns[f"{part}_bytes"] > 0) & (columns[f"{part}_bytes"] < needed)).any():
+            return f"column {part}_bytes holds less than column shape asks for"
+    if not (columns["image_bytes"].all() and columns["json_bytes"].all()):
+        return "column image_bytes or json_bytes is 0"
+    if max(columns["split"].max(), columns["labelled"].max()) > 1:
+        return "column split or labelled holds others than 0 and 1"
+    numbers = np.concatenate([columns["scale"], columns["offset"], columns["spacing"].ravel()])
+    if not np.isfinite(numbers).all() or (columns["scale"] == 0).any() or (columns["spacing"] <= 0).any():
+        return "column scale, offset or spacing holds what cannot be"
+    return _names(columns) or _steps(columns["voxel_at"], len(columns["voxels"]), "voxel_at")
+
+
+def _names(columns: Columns) -> str:
+    if not _NAMES[columns["key_bytes"]].all() or (np.diff(columns["key_at"]) < 1).any():
+        return "column key_bytes holds others than names"
+    order = columns["key_order"]
+    if order.min() < 0 or order.max() >= len(order) or (np.bincount(order, minlength=len(order)) != 1).any():
+        return "column key_order is no order"
+    return _steps(columns["key_at"], len(columns["key_bytes"]), "key_at")
+
+
+def _steps(at: np.ndarray, end: int, name: str) -> str:
+    rising = at[0] == 0 and at[-1] == end and (np.diff(at) >= 0).all()
+    return "" if rising else f"column {name} does not rise from 0 to {end}"
