@@ -113,9 +113,12 @@ class Fetcher:
             return
         later, now = dict.fromkeys(self._course.needed(1), False), dict.fromkeys(self._course.needed(0), True)
         with self._changed:
-            self._wanted = now | {shard: False for shard in later if shard not in now}
-            for shard in self._held.keys() - self._wanted.keys():
+            later = {shard: False for shard in later if shard not in now}
+            # One that was needed may be another lane's next: it must find its place within the limit like the rest.
+            kept = now.keys() | {shard for shard in later if not self._wanted.get(shard)}
+            for shard in self._held.keys() - kept:
                 self._held.pop(shard).close()
+            self._wanted = now | later
             self._failed.clear()
             self._no_room_until = 0.0
             self._changed.notify_all()

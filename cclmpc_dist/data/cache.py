@@ -82,12 +82,12 @@ class Cache:
         stop = stop or threading.Event()
         self._raise_again(blob)
         while True:
-            file = self._opened(blob)
+            file = self._opened(blob, now)
             if file is not None:
                 return file
             part = self._reserved(blob, now)
             if part is None and not now:
-                return self._opened(blob)
+                return self._opened(blob, now)
             if part is not None:
                 with part:
                     if not self._fetched(source, blob, part, now, stop):
@@ -107,14 +107,18 @@ class Cache:
 
     # ---- files that are whole -----------------------------------------------------------------------------------
 
-    def _opened(self, blob: Blob) -> BinaryIO | None:
+    def _opened(self, blob: Blob, now: bool) -> BinaryIO | None:
         """The whole file under a shared lock, None where it is missing. One with other bytes is removed. Its bytes are
         looked at when this process first opens it, and when it was changed since."""
         try:
             file = open(self.path(blob), "rb")  # noqa: SIM115 (the caller's)
         except FileNotFoundError:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        if now:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        elif not self._kept(file):
+            file.close()
+            return None
         state = os.fstat(file.fileno())
         if not state.st_nlink:  # removed between opening and locking
             file.close()
@@ -127,6 +131,14 @@ class Cache:
             self._checked.add(_mark(state))
         os.utime(file.fileno(), ns=(time.time_ns(), state.st_mtime_ns))
         return file
+
+    def _kept(self, file: BinaryIO) -> bool:
+        """Take the shared lock of a file that is not needed now, if all that is there is within the limit."""
+        with self._locked():
+            within = sum(taken for _, taken, _ in self._files()) <= self._limit_ahead()
+            if within:
+                fcntl.flock(file, fcntl.LOCK_SH)
+            return within
 
     def _remove(self, path: Path, inode: int) -> None:
         """Remove a damaged file, not one that has taken its place."""
@@ -141,7 +153,7 @@ class Cache:
         where another fetches it: needed now, that one is waited for."""
         path = self._part(blob)
         with self._locked():
-            limit = self.limit if now else min(self.limit, self._disk() - self.spare)
+            limit = self.limit if now else self._limit_ahead()
             if self.path(blob).exists() or not (path.exists() or self._make_room(blob.bytes, limit) or now):
                 return None
             part = open(path, "a+b", buffering=0)  # noqa: SIM115 (the caller's)
@@ -167,10 +179,11 @@ class Cache:
                 held -= taken
         return held + size <= limit
 
-    def _disk(self) -> int:
-        """Bytes that the folder could hold if nothing else grows."""
+    def _limit_ahead(self) -> int:
+        """The limit for what is not needed now: on a small disk room stays for what will be."""
         disk = os.statvfs(self.folder)
-        return disk.f_bavail * disk.f_frsize + sum(512 * entry.stat().st_blocks for entry in os.scandir(self.folder))
+        files = sum(512 * entry.stat().st_blocks for entry in os.scandir(self.folder))
+        return min(self.limit, disk.f_bavail * disk.f_frsize + files - self.spare)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """(last opened, bytes, path) of everything in the folder; a part counts as the whole."""
