@@ -1,8 +1,9 @@
 """A web server of one folder with faults: python tests/fault_server.py FOLDER PORT.
 
-FOLDER/faults.json gives for a file's name the faults of its next requests, one a request, GET alone: "500", "404",
-"cut" (the body ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range).
-An unlisted name is served. Each request is a line of FOLDER/requests: name, first byte, fault.
+FOLDER/faults.json gives for a file's name the faults of its next GET requests, one a request: "500", "404", "cut" (the
+body ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved" (to
+the same file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name, first
+byte, fault or ok, with +key where the request brought an Authorization.
 """
 
 import json
@@ -34,7 +35,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault:
                 file.write_text(json.dumps(faults))
             with (self.folder / REQUESTS).open("a") as log:
-                log.write(f"{name} {self._start()} {fault or 'ok'}\n")
+                known = "+key" if self.headers.get("Authorization") else ""
+                log.write(f"{name} {self._start()} {fault or 'ok'}{known}\n")
         self._serve(fault)
 
     def _start(self) -> int:
@@ -44,6 +46,11 @@ class Handler(BaseHTTPRequestHandler):
         file = self.folder / Path(self.path).name
         if fault in ("404", "500") or not file.is_file():
             self.send_error(int(fault or 404))
+            return
+        if fault == "moved":
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/{file.name}")
+            self.end_headers()
             return
         data, start = bytearray(file.read_bytes()), 0 if fault == "whole" else self._start()
         if fault == "slow":

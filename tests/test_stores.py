@@ -281,8 +281,12 @@ def test_a_manifest_cannot_name_files_outside_the_cache(served, tmp_path):
 
 
 def test_credentials_come_from_the_environment_and_are_not_told(served, tmp_path, monkeypatch):
-    _, url = served
+    folder, url = served
     monkeypatch.setenv(store.AUTHORIZATION, "Bearer s3cret")
+    (folder / FAULTS).write_text(json.dumps({MANIFEST: ["moved"]}))
+    stores.opened(url, tmp_path / "cache")
+    words = [word for _, _, word in fetched(folder)]
+    assert words == ["moved+key", "ok", "ok+key"], "the manifest, where it was moved to, the index"
     assert "s3cret" not in store._cause(OSError("denied: Bearer s3cret"))
     for place in ("http://me:s3cret@host/x", "https://host/x?sig=s3cret", "s3://key:s3cret@bucket/x"):
         with pytest.raises(InputError) as error:

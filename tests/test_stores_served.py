@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import stores
+import toy
+import yaml
 from corpora import numbered, write
 
 from cclmpc_dist.data.index import Index
@@ -72,6 +74,28 @@ def test_two_ranks_behind_nginx(tmp_path: Path) -> None:
     (tmp_path / "nginx").mkdir()
     with stores.nginx(tmp_path / "shards", tmp_path / "nginx") as url:
         check(index, url, tmp_path / "cache")
+
+
+def test_a_run_and_its_evaluation_are_those_of_the_folder(
+    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two ranks, bit for bit; and a key in the environment is in no file and no message."""
+    monkeypatch.setenv("CCLMPC_HTTP_AUTHORIZATION", "Bearer s3cret")
+    configuration, said = tmp_path / "c.yaml", ""
+    shutil.copytree(toy_corpus, tmp_path / "served")
+    with stores.fault_server(tmp_path / "served") as url:
+        for place in (str(toy_corpus), url):
+            runs = tmp_path / str(len(said))
+            raw = toy.settings(place, runs, method="supervised", budget__images=60, data__cache=str(tmp_path / "cache"))
+            configuration.write_text(yaml.safe_dump(raw))
+            said += toy.run(2, "train", str(configuration)) + toy.run(1, "eval", str(runs / "toy"))
+    folder, remote = (runs / "toy" for runs in sorted(tmp_path.glob("[0-9]*"), key=lambda runs: int(runs.name)))
+    last = sorted(folder.glob("checkpoints/step-*"))[-1].name
+    toy.assert_same(toy.tensors(folder / "checkpoints" / last), toy.tensors(remote / "checkpoints" / last))
+    assert (folder / "eval/cases.csv").read_text() == (remote / "eval/cases.csv").read_text()
+    assert "the blocks in use take up to" in said
+    assert "s3cret" not in said
+    assert not [file for file in remote.rglob("*") if file.is_file() and b"s3cret" in file.read_bytes()]
 
 
 @pytest.fixture

@@ -74,6 +74,12 @@ def _in_order(stays: Iterable[Stay]) -> list[int]:
     return sorted(first, key=first.__getitem__)
 
 
+def blocks(index: Index, order: Order) -> int:
+    """Bytes of the blocks in use at most: one for each lane of all ranks."""
+    sizes = [shard["bytes"] for shard in index.manifest["shards"]]
+    return min(sum(sizes), order.batch_size * order.block * max(sizes))
+
+
 @contextmanager
 def ahead(index: Index, order: Order, lanes: Sequence[int], step: int, end: int) -> Iterator[Callable[[int], None]]:
     """Fetch for steps step .. end - 1 of these lanes, in threads that end with the block, if the corpus is remote.
@@ -94,8 +100,8 @@ class Fetcher:
     def __init__(self, index: RemoteIndex, order: Order, lanes: Sequence[int], step: int, end: int) -> None:
         self._index, self._lanes = index, lanes
         self._course = Course(order, index, 2, end)
-        self._blocks = order.batch_size * order.block * max(shard["bytes"] for shard in index.manifest["shards"])
-        index.cache.spare += self._blocks  # those of all ranks
+        self._blocks = blocks(index, order)
+        index.cache.spare += self._blocks
         self._wanted: dict[int, bool] = {}  # shard: whether it is of a current block; first come first
         self._held: dict[int, BinaryIO] = {}
         self._busy: set[int] = set()

@@ -52,6 +52,8 @@ class Index:
     """The samples of a corpus. `index[column]` is a memory-mapped array, `len(index)` the number of
     samples."""
 
+    where = "all there"  # the shards, once it is open
+
     def __init__(self, path: Path | Url, manifest: dict[str, Any], file: Path | None = None) -> None:
         """file: the index where it does not lie in `path`."""
         self.path = path

@@ -35,6 +35,8 @@ def open_corpus(data: Data) -> Index:
 class RemoteIndex(Index):
     """An index whose shards come through a cache. index_bytes: the index's size."""
 
+    where = "fetched when they are needed"
+
     def __init__(self, url: Url, manifest: dict[str, Any], index_bytes: int, folder: Path, limit: int) -> None:
         self._source, self.cache = store.source(url), Cache(folder, limit)
         self._index_bytes = index_bytes

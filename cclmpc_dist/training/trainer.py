@@ -155,7 +155,7 @@ class Trainer:
             order = stream.order
             say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
-        for line in self.method.notes():
+        for line in setup.cache_notes(self.config, self.index, self.streams) + self.method.notes():
             say(line)
 
     def _check_grace(self) -> None:
