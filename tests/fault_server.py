@@ -1,9 +1,9 @@
 """A web server of one folder with faults: python tests/fault_server.py FOLDER PORT.
 
-FOLDER/faults.json gives for a file's name the faults of its next GETs, one a request: "500", "404", "cut" (the body ends
-halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved" (to the same
-file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name, first byte,
-fault or ok, with +key where the request brought an Authorization.
+FOLDER/faults.json gives for a file's name the faults of its next GETs, one a request: "500", "404", "cut" (the body
+ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved" (to
+the same file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name,
+first byte, fault or ok, with +key where the request brought an Authorization.
 """
 
 import json

@@ -220,6 +220,15 @@ def test_what_is_in_use_stays(served, corpus, tmp_path):
     assert not path.exists()
 
 
+def test_the_least_recently_opened_goes_first(served, corpus, tmp_path):
+    _, url = served
+    index = stores.opened(url, tmp_path / "cache", os.path.getsize(Path(corpus.path) / INDEX) + 3 * largest(corpus))
+    for shard in (0, 1, 2, 0, 3):
+        index.open_shard(shard).close()
+    there = [(tmp_path / "cache" / shard["sha256"]).exists() for shard in corpus.manifest["shards"][:4]]
+    assert there == [True, False, True, True]
+
+
 @pytest.mark.slow
 def test_a_killed_reader_leaves_what_the_next_goes_on_from(served, corpus, expected, tmp_path):
     """SIGKILL while files are fetched: the body of the first shard is cut again and again, so that it is under way."""

@@ -129,6 +129,7 @@ class Cache:
                 self._remove(self.path(blob), state.st_ino)
                 return None
             self._checked.add(_mark(state))
+            file.seek(0)
         os.utime(file.fileno(), ns=(time.time_ns(), state.st_mtime_ns))
         return file
 

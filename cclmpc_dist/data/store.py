@@ -63,6 +63,8 @@ class Http:
 
     def size(self, name: str) -> int:
         with self._ask(name, "HEAD", 0) as response:
+            if "Content-Length" not in response.headers:
+                raise InputError(f"{self.url / name}: the server does not tell its size: have it send Content-Length")
             return int(response.headers["Content-Length"])
 
     def read(self, name: str, start: int = 0) -> Iterator[memoryview]:
