@@ -22,6 +22,7 @@ from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Stream, loader
 from cclmpc_dist.data.remote import GIB, open_corpus
 
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 HERE = Path(__file__).resolve().parent
 PATCH = (4, 4, 4)
 BATCH, BLOCK = 4, 2  # lanes, and shards shuffled together

@@ -93,6 +93,24 @@ def test_a_small_cache_gives_the_same_batches_within_its_bound(served, corpus, e
     assert any(number > 1 for number in map([name for name, _, _ in fetched(served[0])].count, shards(corpus)))
 
 
+def test_this_block_and_the_next_of_each_lane_are_fetched_ahead(served, corpus, tmp_path):
+    folder, url = served
+    data = stores.stream(stores.opened(url, tmp_path / "cache"))
+    batches = stores.loader(data, 0, data.order.steps, workers=0)
+    next(batches)
+    wanted = set()
+    for lane in range(stores.BATCH):
+        now, step = data.order.stay(0, lane)
+        rows = [*now, *(data.order.stay(step, lane)[0] if step < data.order.steps else [])]
+        wanted |= {shards(corpus)[shard] for shard in corpus["shard"][rows]}
+    deadline = time.monotonic() + 30
+    while (names := {name for name, _, _ in fetched(folder)} - {MANIFEST, INDEX}) < wanted:
+        assert time.monotonic() < deadline, wanted - names
+        time.sleep(0.01)
+    batches.close()
+    assert names == wanted != set(shards(corpus))
+
+
 @pytest.mark.parametrize("fault", ["500", "cut", "slow", "wrong", "whole"])
 def test_a_fault_that_passes_changes_nothing(served, corpus, expected, tmp_path, fault):
     folder, url = served
