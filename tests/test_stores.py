@@ -240,6 +240,15 @@ def test_what_is_in_use_stays(served, corpus, tmp_path):
     assert not path.exists()
 
 
+def test_what_is_not_needed_now_is_not_held_beyond_the_limit(served, corpus, tmp_path):
+    _, url = served
+    index = stores.opened(url, tmp_path / "cache", 1)
+    index.open_shard(0).close()
+    assert (tmp_path / "cache" / corpus.manifest["shards"][0]["sha256"]).exists()
+    assert index.fetch(0, now=False) is None, "there, and not fetched, but for another to remove"
+    assert index.fetch(1, now=False) is None
+
+
 def test_the_least_recently_opened_goes_first(served, corpus, tmp_path):
     _, url = served
     index = stores.opened(url, tmp_path / "cache", os.path.getsize(Path(corpus.path) / INDEX) + 3 * largest(corpus))
