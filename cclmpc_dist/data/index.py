@@ -58,7 +58,8 @@ class Index:
         """file: the index where it does not lie in `path`."""
         self.path = path
         self.manifest = manifest
-        self.columns = _columns(file or Path(path / INDEX))
+        self.file = file or Path(path / INDEX)
+        self.columns = _columns(self.file)
         unsound = sound.structure(self.columns)
         if unsound:
             raise InputError(f"{path / INDEX}: {unsound}: damaged, or the index of another corpus than {MANIFEST}: "
@@ -117,12 +118,11 @@ class Index:
     def problems(self) -> list[str]:
         """One line if the index is not the manifest's, else one for each entry of the manifest that the index
         contradicts, and for each shard that is missing or of another size."""
-        if sha256(Path(self.path, INDEX)) != self.identity:
+        if sha256(self.file) != self.identity:
             return [f"{self.path / INDEX}: damaged, or the index of another corpus than {MANIFEST}: shard again"]
         problems = self.contradictions()
-        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
-        if unsound:
-            return [unsound]
+        if any(INDEX in problem for problem in problems):
+            return problems
         for number, shard in enumerate(self.manifest["shards"]):
             path = self.shard_path(number)
             if not path.is_file():
@@ -135,12 +135,14 @@ class Index:
         return problems
 
     def contradictions(self) -> list[str]:
-        """One line for each entry of the manifest that the index contradicts."""
-        return [
+        """One line for each entry of the manifest that the index contradicts, else for an index that cannot be."""
+        problems = [
             edited(self.path, name, self.manifest[name], value)
             for name, value in summary(self.columns).items()
             if self.manifest[name] != value
         ] + self._miscounted()
+        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
+        return [unsound] if unsound else problems
 
     def unsound(self) -> str:
         """What the columns say that cannot be, one line, or nothing."""

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from cclmpc_dist.config import Data
 from cclmpc_dist.data import store
 from cclmpc_dist.data.cache import Blob, Cache
-from cclmpc_dist.data.index import INDEX, LOOKED_THROUGH, MANIFEST, Index, parsed
+from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
 from cclmpc_dist.data.store import Url
 from cclmpc_dist.errors import InputError
 
@@ -51,9 +51,7 @@ class RemoteIndex(Index):
 
     def problems(self) -> list[str]:
         """Those of the index; shards are looked at when they come."""
-        problems = self.contradictions()
-        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
-        return [unsound] if unsound else problems
+        return self.contradictions()
 
     def open_shard(self, shard: int) -> BinaryIO:
         file = self.fetch(shard)
