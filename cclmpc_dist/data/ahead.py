@@ -104,7 +104,7 @@ class Fetcher:
         index.cache.spare += self._blocks
         self._wanted: dict[int, bool] = {}  # shard: whether it is of a current block; first come first
         self._held: dict[int, BinaryIO] = {}
-        self._busy: set[int] = set()
+        self._busy: dict[int, bool] = {}  # as it was wanted when it was begun
         self._failed: set[int] = set()
         self._no_room_until = 0.0
         self._stop, self._changed = threading.Event(), threading.Condition()
@@ -119,17 +119,19 @@ class Fetcher:
             return
         later, now = dict.fromkeys(self._course.needed(1), False), dict.fromkeys(self._course.needed(0), True)
         with self._changed:
-            later = {shard: False for shard in later if shard not in now}
-            # One that was needed may be another lane's next: it must find its place within the limit like the rest.
-            kept = now.keys() | {shard for shard in later if not self._wanted.get(shard)}
-            for shard in self._held.keys() - kept:
+            before, self._wanted = self._wanted, now | {shard: False for shard in later if shard not in now}
+            for shard in [shard for shard in self._held if not self._stays(shard, before[shard])]:
                 self._held.pop(shard).close()
-            self._wanted = now | later
             self._failed.clear()
             self._no_room_until = 0.0
             self._changed.notify_all()
             # A thread may just be opening what was read without it; that is held for no longer than it takes.
-            self._changed.wait_for(lambda: self._busy <= self._wanted.keys(), timeout=AGAIN)
+            self._changed.wait_for(lambda: all(self._stays(*task) for task in self._busy.items()), timeout=AGAIN)
+
+    def _stays(self, shard: int, was: bool) -> bool:
+        """Whether what was wanted, `was` now or later, is to be held on. One that a lane needed may be another's next:
+        it must find its place within the limit like the rest."""
+        return shard in self._wanted and (self._wanted[shard] or not was)
 
     def stop(self) -> None:
         """Let everything go. A thread that waits for a server ends after it."""
@@ -161,20 +163,20 @@ class Fetcher:
                     if shard in self._held or shard in self._busy or shard in self._failed:
                         continue
                     if now or time.monotonic() >= self._no_room_until:
-                        self._busy.add(shard)
+                        self._busy[shard] = now
                         return shard, now
                 self._changed.wait(AGAIN)
         return None
 
     def _take(self, shard: int, file: BinaryIO | None, failed: bool) -> None:
         with self._changed:
-            self._busy.discard(shard)
+            was = self._busy.pop(shard)
             self._changed.notify_all()
             if failed:
                 self._failed.add(shard)
             elif file is None:
                 self._no_room_until = time.monotonic() + AGAIN
-            elif shard in self._wanted and not self._stop.is_set():
+            elif self._stays(shard, was) and not self._stop.is_set():
                 self._held[shard] = file
             else:
                 file.close()
