@@ -34,6 +34,19 @@ def bench_loader(
     _record(measure(la, list_file, repeats=repeats), out)
 
 
+@bench.command("store")
+def bench_store(
+    url: Annotated[str, typer.Argument(help="a corpus's http(s) URL, as data.path takes it")],
+    cache: Annotated[Path, typer.Option(help="folder on the cache's disk, for files of the measurement alone")],
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 5,
+    out: Out = None,
+) -> None:
+    """MB a second of a URL's shards into the cache, and of curl."""
+    from cclmpc_dist.data.bench_store import bench_store as measure
+
+    _record(measure(url, cache, repeats=repeats), out)
+
+
 @bench.command("eval")
 def bench_eval(
     la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,

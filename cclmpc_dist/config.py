@@ -29,7 +29,12 @@ def _fraction(default: float, text: str) -> Any:
 
 
 class Data(Settings):
-    path: str = Field(description="folder that `cclmpc shard` wrote")
+    path: str = Field(description="folder that `cclmpc shard` wrote, or its URL: http://, https:// or s3:// "
+                      "(docs/stores.md)")  # fmt: skip
+    cache: str | None = Field(None, description="folder on a disk of the node for shards of a URL, shared by its ranks "
+                              "and by other runs; must be set for a URL, a folder needs none")  # fmt: skip
+    cache_gib: PositiveFloat = Field(32.0, description="size of the cache in GiB; the blocks in use, one a lane, may "
+                                     "come to it")  # fmt: skip
     labelled: Annotated[int, Field(gt=0, strict=True)] | list[str] | None = Field(
         None, description="labelled training cases: first N, or keys; unset takes what the shards say"
     )
@@ -48,6 +53,10 @@ class Data(Settings):
     block: PositiveInt = Field(16, description="shards shuffled together; a rank reads about this many at once")
     on_error: Literal["fail", "skip"] = Field("fail", description="an unreadable sample stops the run, or is replaced "
                                               "by its lane's next one and counted")  # fmt: skip
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
 
 
 class Views(Settings):
@@ -248,7 +257,7 @@ def parse(raw: dict[str, Any], where: str) -> Config:
 
 def combinations(config: Config) -> list[str]:
     """What each setting allows and all together do not. One line a problem."""
-    problems = []
+    problems = _store(config.data)
     dims = config.dims
     if dims not in (2, 3):
         problems.append(f"data.patch has {dims} numbers: give 2 or 3, one an axis")
@@ -287,6 +296,23 @@ def combinations(config: Config) -> list[str]:
     if narrowest % config.model.swin.head_width:
         problems.append(f"model.swin.head_width = {config.model.swin.head_width} does not divide the Swin decoder's "
                         f"{narrowest} channels: take {math.gcd(narrowest, 16)}")  # fmt: skip
+    return problems
+
+
+def _store(data: Data) -> list[str]:
+    """What is wrong with a URL, without telling it: it may hold a password."""
+    if not data.remote:
+        return []
+    problems = []
+    scheme, _, rest = data.path.partition("://")
+    host = rest.partition("/")[0]
+    if scheme not in ("http", "https", "s3") or not host:
+        problems.append("data.path is no URL that is known: give a folder, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER")
+    if set("@?#") & set(rest):
+        problems.append("data.path holds @, ? or #, as URLs with a password do, and config.yaml would keep it: leave "
+                        "it out, and give credentials in the environment (docs/stores.md)")  # fmt: skip
+    if data.cache is None:
+        problems.append("data.cache is not set: a URL needs a folder on a disk of the node to keep shards in")
     return problems
 
 

@@ -21,7 +21,8 @@ from ray.util.metrics import Gauge
 
 from cclmpc_dist.cli import BAD_INPUT, FAILED, PREEMPTED
 from cclmpc_dist.config import Config, load, parse
-from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.index import select
+from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.distributed import doctor, runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Corpus
@@ -131,7 +132,8 @@ def _at(storage: Path, config: Config) -> Config:
     """The configuration with absolute places: Ray gives the driver and each worker a working folder of its own."""
     if not storage.is_absolute():
         raise InputError(f"--storage {storage} is relative: give the absolute path of a folder that every node sees")
-    data = config.data.model_copy(update={"path": str(storage / config.data.path)})
+    path = config.data.path if config.data.remote else str(storage / config.data.path)
+    data = config.data.model_copy(update={"path": path})
     return config.model_copy(update={"data": data, "runs": str(storage / config.runs)})
 
 
@@ -140,7 +142,7 @@ def check(config: Config, workers: tuple[int, int]) -> None:
 
     An elastic run must be able to go on at any number of workers, with the same batches.
     """
-    index = Index.open(config.data.path)
+    index = open_corpus(config.data)
     method = create(config, Corpus(index.channels, index.classes))
     cases = select(index, config.data.labelled, config.data.select)
     counts = range(workers[0], workers[1] + 1)

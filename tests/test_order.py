@@ -40,6 +40,20 @@ def test_every_sample_comes_evenly(counts, batch, seed, block, epoch):
         assert (times == 1).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 7), min_size=1, max_size=12), batch=st.integers(1, 13), block=st.integers(1, 5),
+    start=st.integers(0, 60), data=st.data(),
+)  # fmt: skip
+def test_a_stay_is_what_the_lane_reads_of_one_block(counts, batch, block, start, data):
+    order, lane = make(counts, batch, block=block), data.draw(st.integers(0, batch - 1))
+    rows, end = order.stay(start, lane)
+    assert rows.tolist() == [order.batch(step, [lane])[0][0] for step in range(start, end)]
+    shards = np.repeat(np.arange(len(counts)), counts)[rows // 2]
+    assert len(set(shards)) <= block
+    assert order.place(start)[0] == order.place(end - 1)[0]
+
+
 def test_permutation_against_its_definition():
     """Shards shuffled, blocks of them, samples shuffled in their block: by a plain loop."""
     counts, block = [3, 1, 4, 2, 5], 2

@@ -28,7 +28,7 @@ def corpus(folder: Path, cases: int = 14, labelled: int = 4, val_last: int = 2, 
     return folder
 
 
-def settings(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+def settings(data: Path | str, runs: Path, **changes: Any) -> dict[str, Any]:
     """A raw tree; changes are dotted keys with dots as double underscores."""
     raw: dict[str, Any] = {
         "name": "toy",
@@ -55,7 +55,7 @@ def settings(data: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     return raw
 
 
-def config(data: Path, runs: Path, **changes: Any) -> Config:
+def config(data: Path | str, runs: Path, **changes: Any) -> Config:
     return parse(settings(data, runs, **changes), "toy")
 
 

@@ -23,16 +23,18 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cclmpc_dist.data import sound
+from cclmpc_dist.data.store import Url
 from cclmpc_dist.errors import InputError
 
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
+SHA256 = "[0-9a-f]{64}"  # cached files are named by it
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
@@ -50,10 +52,14 @@ class Index:
     """The samples of a corpus. `index[column]` is a memory-mapped array, `len(index)` the number of
     samples."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    where = "all there"  # the shards, once it is open
+
+    def __init__(self, path: Path | Url, manifest: dict[str, Any], file: Path | None = None) -> None:
+        """file: the index where it does not lie in `path`."""
         self.path = path
         self.manifest = manifest
-        self.columns = _columns(path / INDEX)
+        self.file = file or Path(path / INDEX)
+        self.columns = _columns(self.file)
         unsound = sound.structure(self.columns)
         if unsound:
             raise InputError(f"{path / INDEX}: {unsound}: damaged, or the index of another corpus than {MANIFEST}: "
@@ -88,22 +94,35 @@ class Index:
         return self.columns[column]
 
     def shard_path(self, shard: int) -> Path:
-        return self.path / self.manifest["shards"][shard]["name"]
+        """Of a local corpus."""
+        return Path(self.path, self.manifest["shards"][shard]["name"])
+
+    def shard_name(self, shard: int) -> str:
+        """Where a shard is, for people."""
+        return str(self.path / self.manifest["shards"][shard]["name"])
+
+    def open_shard(self, shard: int) -> BinaryIO:
+        """A shard, of the size that it must have. Raises InputError."""
+        path = self.shard_path(shard)
+        expected = self.manifest["shards"][shard]["bytes"]
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (the caller's)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
+        size = os.fstat(file.fileno()).st_size
+        if size != expected:  # reading beyond the end of a map would kill the process
+            file.close()
+            raise InputError(f"{path}: has {size} of {expected} bytes: truncated, copy it again or shard again")
+        return file
 
     def problems(self) -> list[str]:
         """One line if the index is not the manifest's, else one for each entry of the manifest that the index
         contradicts, and for each shard that is missing or of another size."""
-        if sha256(self.path / INDEX) != self.identity:
+        if sha256(self.file) != self.identity:
             return [f"{self.path / INDEX}: damaged, or the index of another corpus than {MANIFEST}: shard again"]
-        problems = [
-            edited(self.path, name, self.manifest[name], value)
-            for name, value in summary(self.columns).items()
-            if self.manifest[name] != value
-        ]
-        problems += self._miscounted()
-        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
-        if unsound:
-            return [unsound]
+        problems = self.contradictions()
+        if any(INDEX in problem for problem in problems):
+            return problems
         for number, shard in enumerate(self.manifest["shards"]):
             path = self.shard_path(number)
             if not path.is_file():
@@ -114,6 +133,16 @@ class Index:
                     f"{path}: has {size} of {shard['bytes']} bytes: truncated, copy it again or shard again"
                 )
         return problems
+
+    def contradictions(self) -> list[str]:
+        """One line for each entry of the manifest that the index contradicts, else for an index that cannot be."""
+        problems = [
+            edited(self.path, name, self.manifest[name], value)
+            for name, value in summary(self.columns).items()
+            if self.manifest[name] != value
+        ] + self._miscounted()
+        unsound = self.unsound() if len(self) <= LOOKED_THROUGH and not problems else ""
+        return [unsound] if unsound else problems
 
     def unsound(self) -> str:
         """What the columns say that cannot be, one line, or nothing."""
@@ -176,7 +205,7 @@ def summary(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def edited(path: Path, entry: str, said: Any, true: Any) -> str:
+def edited(path: Path | Url, entry: str, said: Any, true: Any) -> str:
     """The line for an entry of a folder's manifest that is not what was written."""
     was = json.dumps(true)
     return f"{path / MANIFEST}: {entry} = {json.dumps(said)}, written as {was}: put {was} back, or shard again"
@@ -270,20 +299,28 @@ def _chosen(index: Index, labelled: int | Sequence[str] | None, train: np.ndarra
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = parsed((path / MANIFEST).read_bytes(), path / MANIFEST)
     except FileNotFoundError:
         raise InputError(f"{path}: no corpus here ({MANIFEST} is missing): make one with `cclmpc shard`") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path / MANIFEST}: cannot be read ({error}): shard again") from None
+    if not (path / INDEX).is_file():
+        raise InputError(f"{path / INDEX}: missing: shard again")
+    return manifest
+
+
+def parsed(data: bytes, file: Path | Url) -> dict[str, Any]:
+    """The manifest in `data`, read from `file`. Raises InputError."""
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
         raise InputError(f"{file}: cannot be read ({error}): shard again") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise InputError(f"{file}: version {version}, and this program reads {VERSION}: shard again")
     if not _is_sound(manifest):
         raise InputError(f"{file}: edited or damaged: shard again")
-    if not (path / INDEX).is_file():
-        raise InputError(f"{path / INDEX}: missing: shard again")
     return manifest
 
 
@@ -304,6 +341,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and all(isinstance(entry, dict) for entry in shards)
         and all(isinstance(entry.get(name), kind) for entry in shards for name, kind in fields.items())
         and all(re.fullmatch(r"[\w.\-]+\.tar", entry["name"]) and entry["bytes"] >= 0 for entry in shards)
+        and all(re.fullmatch(SHA256, entry["sha256"]) for entry in [{"sha256": manifest["index_sha256"]}, *shards])
     )
 
 

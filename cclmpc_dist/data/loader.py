@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cclmpc_dist.data import draws
+from cclmpc_dist.data.ahead import Course, ahead
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
 from cclmpc_dist.data.reader import Reader, copy_rows, region
+from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
@@ -93,6 +95,7 @@ class Stream:
         self.with_label, self.on_error = with_label, on_error
         self.order = Order(samples, index["shard"][samples], batch, seed, name, block, index.identity)
         self._reader, self._buffers = Reader(index), Buffers()
+        self._course = Course(self.order, index, depth=1)
 
     def batch(self, step: int, lanes: Sequence[int]) -> Batch:
         """The crops of some lanes at a global step.
@@ -107,8 +110,12 @@ class Stream:
         numbers = self._numbers(keys)
         samples = [self._read(row, epoch, t, lane) for (row, _), lane in zip(places, lanes, strict=True)]
         crops = [self._crop(sample.row, u) for sample, u in zip(samples, numbers, strict=True)]
+        batch = self._cut(samples, crops)
         skipped = sum(sample.passed for sample in samples)
-        return self._cut(samples, crops) | {"key": keys, "lane": torch.tensor(list(lanes)), "skipped": skipped}
+        del samples
+        if isinstance(self.index, RemoteIndex) and self._course.move(step + 1, lanes):
+            self._reader.keep(self._course.needed(0))  # the cache may let go of the rest
+        return batch | {"key": keys, "lane": torch.tensor(list(lanes)), "skipped": skipped}
 
     def _numbers(self, keys: Tensor) -> list[list[float]]:
         """All draws of a batch in one call: turn; flip and start of each axis; foreground or not, class, voxel."""
@@ -220,10 +227,12 @@ def loader(
         worker_init_fn=_end_with_parent if workers else None,
         multiprocessing_context=_context() if workers else None,
     )  # fmt: skip
-    for batch in batches:
-        if isinstance(batch, str):
-            raise InputError(batch)
-        yield batch
+    with ahead(stream.index, stream.order, lanes, start_step, start_step + steps) as move:
+        for next_step, batch in enumerate(batches, start_step + 1):
+            if isinstance(batch, str):
+                raise InputError(batch)
+            move(next_step)
+            yield batch
 
 
 def _context() -> Any:

@@ -80,6 +80,17 @@ class Order:
         begin = int(ends[number - 1]) if number else 0
         return int(self.samples[self._block(epoch, number)[at - begin]]), p
 
+    def stay(self, step: int, j: int) -> tuple[np.ndarray, int]:
+        """Index rows of lane j from a global step on until it leaves its block or the epoch ends, and the step after
+        the last of them."""
+        epoch, t = self.place(step)
+        at = (j * self.steps + t) % self.n
+        _, ends = self._layout(epoch)
+        number = int(np.searchsorted(ends, at, side="right"))
+        begin = int(ends[number - 1]) if number else 0
+        count = min(int(ends[number]) - at, self.steps - t)
+        return self.samples[self._block(epoch, number)[at - begin : at - begin + count]], step + count
+
     def batch(self, step: int, lanes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Index rows and positions p of some lanes at a global step, int64 each."""
         epoch, t = self.place(step)

@@ -2,9 +2,8 @@
 
 import io
 import mmap
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -81,23 +80,20 @@ class Reader:
         lowest, highest = (0, 255) if dtype == np.uint8 else (-32768, 32767)
         return min(max(round(value), lowest), highest)
 
+    def keep(self, shards: Collection[int]) -> None:
+        """Let go of the maps of all other shards."""
+        for shard in self._maps.keys() - set(shards):
+            del self._maps[shard]
+
     def _where(self, row: int) -> str:
-        return f"{self.index.shard_path(int(self.index['shard'][row]))}: case {self.index.key(row)}"
+        return f"{self.index.shard_name(int(self.index['shard'][row]))}: case {self.index.key(row)}"
 
     def _map(self, shard: int) -> mmap.mmap:
         return recent(self._maps, shard, lambda: self._open(shard), MAPPED)
 
     def _open(self, shard: int) -> mmap.mmap:
-        path = self.index.shard_path(shard)
-        expected = self.index.manifest["shards"][shard]["bytes"]
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected:  # reading beyond the end of a map would kill the process
-                    raise InputError(f"{path}: has {size} of {expected} bytes: truncated, copy it again or shard again")
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
+        with self.index.open_shard(shard) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file open, and its lock with it
 
     def _bytes(self, row: int, part: str) -> bytes:
         start = int(self.index[f"{part}_at"][row])

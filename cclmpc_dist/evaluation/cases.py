@@ -52,3 +52,4 @@ def _read(index: Index, samples: Sequence[int]) -> Iterator[Evaluated]:
         _, label = reader.volume(sample)
         spacing = tuple(float(edge) for edge in index["spacing"][sample])
         yield index.key(sample), torch.from_numpy(reader.normalised(sample)), label, spacing
+        reader.keep([])

@@ -9,6 +9,7 @@ from torch import nn
 
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.cases import evaluate_cases
@@ -34,7 +35,7 @@ def evaluate_run(
         raise InputError(f"{folder}: no run folder: name one that `cclmpc train` wrote")
     config = load(folder / "config.yaml", overrides)
     device = runtime.start(config.precision).device
-    index = Index.open(config.data.path)
+    index = open_corpus(config.data)
     samples = select(index, config.data.labelled, config.data.select)[split]
     if not len(samples):
         remedy = {"val": "shard with --val-last", "select": "train with data.select"}.get(

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.config import Config
-from cclmpc_dist.data.index import DTYPES, INDEX, Index, select
+from cclmpc_dist.data.index import DTYPES, Index, select
 from cclmpc_dist.data.loader import Stream
+from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import setup
@@ -21,14 +22,14 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
 
     Bytes are of whole samples, as remote and compressed shards are read; crops of raw local shards read less.
     """
-    index = Index.open(config.data.path)
+    index = open_corpus(config.data)
     method = create(config, Corpus(index.channels, index.classes))
     cases = select(index, config.data.labelled, config.data.select)
     streams = setup.streams(config, index, method, cases, ranks)
     shares = {name: _share(config, index, stream, ranks) for name, stream in streams.items()}
     return {
         "corpus": config.data.path, "ranks": ranks, "steps": sum(setup.steps_of_phases(config, method, streams)),
-        "index_mib": round((index.path / INDEX).stat().st_size / MIB, 2), "streams": shares,
+        "index_mib": round(index.file.stat().st_size / MIB, 2), "streams": shares,
         "cache_mib": round(sum(share["cache_mib"] for share in shares.values()), 1),
         "batches_mib_a_rank": round(sum(share["batches_mib_a_rank"] for share in shares.values()), 1),
     }  # fmt: skip

@@ -38,7 +38,7 @@ def _corpus(trainer: Trainer) -> None:
     say, index, folder = trainer.monitor.say, trainer.index, trainer.config.folder
     shards = index.manifest["shards"]
     size = sum(shard["bytes"] for shard in shards) / MIB
-    say(f"{index.path}: {len(index)} cases in {len(shards)} shards, {size:.0f} MiB, all there; "
+    say(f"{index.path}: {len(index)} cases in {len(shards)} shards, {size:.0f} MiB, {index.where}; "
         f"index {index.identity[:12]} as in its manifest")  # fmt: skip
     at = run.newest(folder)
     if at >= 0:

@@ -3,8 +3,10 @@
 import numpy as np
 
 from cclmpc_dist.config import Config, check_world
+from cclmpc_dist.data.ahead import blocks
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Stream
+from cclmpc_dist.data.remote import GIB, RemoteIndex
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Method
 from cclmpc_dist.training.schedule import total_steps
@@ -49,6 +51,16 @@ def _misfits(config: Config, index: Index) -> list[str]:
     if (index["shape"][:, 1:] < np.array(patch)).any(1).all():
         return [f"data.patch = {patch} is larger than every volume of {path}: take a smaller one"]
     return []
+
+
+def cache_notes(config: Config, index: Index, streams: dict[str, Stream]) -> list[str]:
+    """What the run needs of data.cache, where the corpus is remote."""
+    if not isinstance(index, RemoteIndex):
+        return []
+    used, limit = sum(blocks(index, stream.order) for stream in streams.values()) / GIB, config.data.cache_gib
+    note = f"data.cache: {config.data.cache}, {limit:g} GiB; the blocks in use take up to {used:.2g} GiB over all ranks"
+    few = [f"warning: {note}: next to nothing is fetched ahead: raise data.cache_gib, or in a new run lower data.block"]
+    return few if used > limit else [note]
 
 
 def steps_of_phases(config: Config, method: Method, streams: dict[str, Stream]) -> list[int]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
-from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import loader, to_device
+from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
 from cclmpc_dist.distributed.watch import Watch
@@ -62,7 +63,7 @@ class Trainer:
         self.listener = listener
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world_size()
-        self.index = Index.open(config.data.path)
+        self.index = open_corpus(config.data)
         self.method = create(config, Corpus(self.index.channels, self.index.classes))
         self.cases = select(self.index, config.data.labelled, config.data.select)
         self.streams = setup.streams(config, self.index, self.method, self.cases, self.world)
@@ -154,7 +155,7 @@ class Trainer:
             order = stream.order
             say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
-        for line in self.method.notes():
+        for line in setup.cache_notes(self.config, self.index, self.streams) + self.method.notes():
             say(line)
 
     def _check_grace(self) -> None:

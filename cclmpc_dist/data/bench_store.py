@@ -1,0 +1,82 @@
+"""How fast the shards of a URL reach this machine's cache, beside what curl makes of the same files."""
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cclmpc_dist.config import Data
+from cclmpc_dist.data.ahead import THREADS
+from cclmpc_dist.data.remote import RemoteIndex, open_corpus
+from cclmpc_dist.errors import InputError
+
+MB = 1e6
+
+
+def bench_store(url: str, folder: Path, *, repeats: int = 5) -> list[dict[str, Any]]:
+    """MB/s of all shards, in turn, the median of `repeats`.
+
+    curl: one process, to nowhere. curl_files: the same to files of `folder`. cache_1, cache_4: by one and by four
+    threads into an empty cache in `folder`: hashed, flushed to disk, renamed. found: files that lie in the cache, as a
+    new process opens them, hashed again. Raises InputError.
+    """
+    if shutil.which("curl") is None or not url.startswith("http"):
+        raise InputError(f"{url}: is compared with curl: install it, and give a http(s) URL")
+    rates: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            for variant, rate in _round(url, Path(work)).items():
+                rates.setdefault(variant, []).append(rate)
+    return _records({variant: median(values) for variant, values in rates.items()})
+
+
+def _round(url: str, work: Path) -> dict[str, float]:
+    index = _open(url, work / "first")
+    shards = index.manifest["shards"]
+    names, size = [shard["name"] for shard in shards], sum(shard["bytes"] for shard in shards)
+    (work / "files").mkdir()
+    nowhere = ["curl", "-sf", *(word for name in names for word in ("-o", "/dev/null", f"{url}/{name}"))]
+    files = ["curl", "-sf", *(word for name in names for word in ("-o", f"{work}/files/{name}", f"{url}/{name}"))]
+    ways: dict[str, Callable[[], object]] = {
+        "curl": lambda: subprocess.run(nowhere, check=True),
+        "curl_files": lambda: subprocess.run(files, check=True),
+        "cache_1": lambda: _fetch(index, 1),
+        f"cache_{THREADS}": lambda: _fetch(other, THREADS),
+        "found": lambda: _fetch(again, 1),
+    }
+    other, again = _open(url, work / "second"), _open(url, work / "second")
+    rates = {}
+    for variant, way in ways.items():
+        begin = time.perf_counter()
+        way()
+        rates[variant] = size / MB / (time.perf_counter() - begin)
+    return rates
+
+
+def _open(url: str, cache: Path) -> RemoteIndex:
+    index = open_corpus(Data(path=url, patch=(16, 16), cache=str(cache), cache_gib=1024))
+    assert isinstance(index, RemoteIndex)
+    return index
+
+
+def _fetch(index: RemoteIndex, threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        for file in pool.map(index.open_shard, range(len(index.manifest["shards"]))):
+            file.close()
+
+
+def _records(rates: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {"bench": "store", "case": "all shards", "variant": variant, "metric": metric, "value": value, "unit": unit}
+        for variant, rate in rates.items()
+        for metric, value, unit in (
+            ("rate", rate, "MB/s"),
+            ("over curl", rate / rates["curl"], "x"),
+            ("over curl_files", rate / rates["curl_files"], "x"),
+        )
+    ]

@@ -1,0 +1,65 @@
+"""A corpus that lies on a web server or in an object store: its manifest is read, its index and shards are cached."""
+
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cclmpc_dist.config import Data
+from cclmpc_dist.data import store
+from cclmpc_dist.data.cache import Blob, Cache
+from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
+from cclmpc_dist.data.store import Url
+from cclmpc_dist.errors import InputError
+
+LARGEST_MANIFEST = 1 << 30  # bytes [F]
+GIB = 1 << 30
+NOW = "what is needed now is there or an error"
+
+
+def open_corpus(data: Data) -> Index:
+    """The index of `data.path`, a folder or a URL. Raises InputError."""
+    if not data.remote:
+        return Index.open(data.path)
+    url, cache = Url(data.path), Cache(str(data.cache), int(data.cache_gib * GIB))
+    source = store.source(url)
+    manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
+    size = store.size(source, url, INDEX)
+    index = RemoteIndex(url, manifest, size, cache.folder, cache.limit)
+    problems = index.problems()
+    if problems:
+        raise InputError(problems[0])
+    return index
+
+
+class RemoteIndex(Index):
+    """An index whose shards come through a cache. index_bytes: the index's size."""
+
+    where = "fetched when they are needed"
+
+    def __init__(self, url: Url, manifest: dict[str, Any], index_bytes: int, folder: Path, limit: int) -> None:
+        self._source, self.cache = store.source(url), Cache(folder, limit)
+        self._index_bytes = index_bytes
+        blob = Blob(url, INDEX, index_bytes, manifest["index_sha256"])
+        file = self.cache.open(self._source, blob)
+        assert file is not None, NOW
+        weakref.finalize(self, file.close)  # it stays in the cache for as long as this lives
+        super().__init__(url, manifest, self.cache.path(blob))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteIndex, (self.path, self.manifest, self._index_bytes, self.cache.folder, self.cache.limit)
+
+    def problems(self) -> list[str]:
+        """Those of the index; shards are looked at when they come."""
+        return self.contradictions()
+
+    def open_shard(self, shard: int) -> BinaryIO:
+        file = self.fetch(shard)
+        assert file is not None, NOW
+        return file
+
+    def fetch(self, shard: int, now: bool = True, stop: threading.Event | None = None) -> BinaryIO | None:
+        """A shard as Cache.open gives it."""
+        entry = self.manifest["shards"][shard]
+        blob = Blob(Url(self.path), entry["name"], entry["bytes"], entry["sha256"])
+        return self.cache.open(self._source, blob, now, stop)
