@@ -194,9 +194,10 @@ def _read(terminal: int) -> bytes:
     [
         (["loader", "--repeats", "1"], {"shards", "gzip_h5", "memcpy", "shards_zstd"}),
         (["eval", "--volumes", "1", "--repeats", "1"], {"medpy", "ours"}),
-        (
+        pytest.param(
             ["contrast", "--anchors", "64", "--keys", "256", "--features", "8", "--repeats", "1"],
             {"naive", "keys"},
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -202,14 +202,10 @@ def _one_bank(raw: dict[str, Any], world: int) -> dict[str, Any]:
     return {"ccl_mpc": raw["ccl_mpc"] | {"contrast": contrast}}
 
 
-def test_a_rank_with_none_is_exact(toy_corpus: Path) -> None:
-    _equal_where_a_rank_has_none(toy_corpus, 2, [{"exchange": "keys"}])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_rank_with_none_is_exact_in_every_mode(world: int, toy_corpus: Path) -> None:
+def test_a_rank_with_none_is_exact(world: int, toy_corpus: Path) -> None:
     ways = [{"exchange": how, "bank_layout": layout, "keys": keys} for how, layout, keys in ALL]
     _equal_where_a_rank_has_none(toy_corpus, world, ways)
 

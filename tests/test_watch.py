@@ -65,14 +65,8 @@ def stand_still(world: int, fault: str, folder: Path, corpus: Path) -> tuple[str
     return "".join(text for _, text in said), [json.loads(file.read_text()) for file in left]
 
 
-STOPPED = [
-    pytest.param(2, 1),
-    pytest.param(3, 0, marks=pytest.mark.slow),
-    pytest.param(3, 2, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("world", "victim"), STOPPED)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "victim"), [(2, 1), (3, 0), (3, 2)])
 def test_a_stopped_rank_is_named_by_the_others(world: int, victim: int, toy_corpus: Path, tmp_path: Path) -> None:
     said, reports = stand_still(world, f"stop:batch:{victim}:3", tmp_path, toy_corpus)
     told = f"cclmpc: step 4 stands still for 4 s: no sign of rank {victim} on {HOST} (stopped, dead or cut off); stacks"
