@@ -1,0 +1,183 @@
+"""A training step of CCL-MPC against a plain version of itself: seconds, and how far their losses lie apart.
+
+    python benchmarks/plain_step.py configs/la_cpu.yaml --out benchmarks/results/plain_step.json
+
+Plain is how research code usually writes the same losses: a forward pass of the whole network for each view and for
+the originals, sampling in loops over images and classes, all logits of the contrast at once, an optimiser that visits
+one tensor after the other, float32, contiguous. It draws the same positions, so that in float32 both have one loss.
+Norm is instance and dropout off, which makes separate passes equal to one. A step is one batch from the shards
+without its loading: forward, backward, gradient norm, optimiser, bank. The variants take turns, round by round.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from cclmpc_dist.config import Config, load
+from cclmpc_dist.data import draws
+from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.losses import certainty, sampling
+from cclmpc_dist.methods.method import Corpus
+from cclmpc_dist.methods.registry import create
+from cclmpc_dist.training.objective import objective
+from cclmpc_dist.training.run import environment
+
+COMMON = ["model.norm=instance", "model.dropout=0", "ccl_mpc.t_contrast=0"]
+PLAIN = "plain, float32"
+VARIANTS = {  # name -> settings
+    PLAIN: ["precision=fp32", "channels_last=false", "ccl_mpc.contrast.exchange=naive"],
+    "ours, float32": ["precision=fp32", "channels_last=false"],
+    "ours, float32, channels last": ["precision=fp32", "channels_last=true"],
+    "ours, bf16, channels last": ["precision=bf16", "channels_last=true"],
+}
+STEPS, AT = 1000, 500  # of the schedule; every term is on at this step
+
+
+class PlainPasses(nn.Module):
+    """The module with one whole pass for each view and one for the originals."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, views: Tensor, originals: Tensor, **asked: Any) -> dict[str, Tensor]:
+        asked.pop("detach_originals")
+        positions, others = asked.pop("positions"), asked.pop("original_positions")
+        halves = zip(views.chunk(2), positions.chunk(2), strict=True)
+        passes = [self.module(view, positions=at, **asked) for view, at in halves]
+        out = {name: torch.cat([one[name] for one in passes]) for name in passes[0]}
+        return out | {"original_projection": self.module(originals, positions=others, **asked)["projection"]}
+
+
+def loop_anchors(
+    labels: Tensor, hard: Tensor, keys: Tensor, n: int, classes: int, purpose: str
+) -> tuple[Tensor, Tensor]:
+    """`sampling.sample_anchors`, image by image and class by class."""
+    index = torch.zeros(len(labels), classes, n, dtype=torch.int64)
+    valid = torch.zeros(len(labels), classes, n, dtype=torch.bool)
+    for image in range(len(labels)):
+        order = draws.words(keys[image : image + 1], purpose, labels.shape[1])[0] & (sampling._TIER - 1)
+        for label in range(classes):
+            member = labels[image] == label
+            difficult = _shuffled(member & hard[image], order)
+            easy = _shuffled(member & ~hard[image], order)
+            first = difficult[: n // 2]
+            rest = difficult[n // 2 :]
+            chosen = torch.cat([first, easy, rest])[:n]
+            index[image, label, : len(chosen)] = chosen
+            valid[image, label, : len(chosen)] = True
+    return index, valid
+
+
+def loop_offers(labels: Tensor, keys: Tensor, k: int, classes: int, purpose: str) -> tuple[Tensor, Tensor]:
+    """`sampling.sample_offers` in the same way."""
+    return loop_anchors(labels, torch.zeros_like(labels, dtype=torch.bool), keys, k, classes, purpose)
+
+
+def _shuffled(member: Tensor, order: Tensor) -> Tensor:
+    """The positions of `member`, the largest of `order` first."""
+    found = member.nonzero()[:, 0]
+    return found[order[found].argsort(descending=True)]
+
+
+def plain_likeliest(log_p: Tensor) -> Tensor:
+    return log_p.argmax(1)
+
+
+def step_of(config: Config, plain: bool) -> Callable[[], tuple[float, float]]:
+    """A function that takes one step on the same batch again and again: seconds, total loss."""
+    index = Index.open(config.data.path)
+    cases = select(index, config.data.labelled, 0)
+    method = create(config, Corpus(index.channels, index.classes))
+    sizes = {name: config.batch(name, 1) for name in method.phases[0].streams}
+    torch.manual_seed(config.seed)
+    module = method.build()
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    method.enter(method.phases[0], STEPS, module, sizes)
+    batch = {}
+    for name, size in sizes.items():
+        stream = Stream(index, name, cases[name], size, config.seed, config.data.patch, with_label=name == "labelled")
+        batch[name] = to_device(next(iter(loader(stream, 0, 1, 0, 1, 0))), "cpu")
+    model = PlainPasses(module) if plain else module
+    options: dict[str, Any] = {"lr": 1e-5, "weight_decay": 1e-4, "foreach": not plain}
+    optimizer = torch.optim.AdamW(module.parameters(), **options)
+
+    def step() -> tuple[float, float]:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            terms, metrics = method.terms(model, batch, AT)
+        loss, logged = objective(terms, method.weights(AT), metrics)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1e9, foreach=not plain)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(module)
+        return time.perf_counter() - start, float(logged["loss/total"])
+
+    return step
+
+
+def plain_step(step: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    with (
+        patch.object(sampling, "sample_anchors", loop_anchors),
+        patch.object(sampling, "sample_offers", loop_offers),
+        patch.object(certainty, "likeliest", plain_likeliest),
+    ):
+        return step()
+
+
+def measure(config: str, overrides: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Records of every variant: median, least and most seconds of a step, the first step's loss."""
+    steps = {
+        name: step_of(load(config, [*COMMON, *overrides, *settings]), name == PLAIN)
+        for name, settings in VARIANTS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    losses: dict[str, float] = {}
+    for number in range(rounds + 1):  # the first warms up
+        for name, step in steps.items():
+            took, loss = plain_step(step) if name == PLAIN else step()
+            if number == 0:
+                losses[name] = loss
+            else:
+                seconds[name].append(took)
+    case = " ".join([Path(config).stem, *overrides])
+    found = []
+    for name in VARIANTS:
+        values = {
+            "seconds": (statistics.median(seconds[name]), "s"),
+            "seconds_min": (min(seconds[name]), "s"),
+            "seconds_max": (max(seconds[name]), "s"),
+            "speedup": (statistics.median(seconds[PLAIN]) / statistics.median(seconds[name]), "1"),
+            "loss": (losses[name], "1"),
+        }
+        common = {"bench": "plain_step", "case": case, "variant": name}
+        found += [common | {"metric": metric, "value": v, "unit": unit} for metric, (v, unit) in values.items()]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="settings, as in data.batch_labelled=1")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    records = measure(arguments.config, arguments.overrides, arguments.rounds)
+    arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
+    for record in records:
+        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
+
+
+if __name__ == "__main__":
+    main()
