@@ -153,7 +153,11 @@ def bench_scale(
     if launching.in_world():
         if len(modes) > 1:
             raise InputError("bench scale --mode both: the ranks of a launcher measure one point: give weak or strong")
-        _point(scale.point(load(config, overrides or []), modes[0], steps), out)
+        settings, world = load(config, overrides or []), int(os.environ["WORLD_SIZE"])
+        if scale.fits(settings, modes[0], world):
+            _point(scale.point(settings, modes[0], steps), out)
+        elif os.environ["RANK"] == "0":
+            _say(f"strong scaling, {world} ranks: left out, they do not divide the batches")
         return
     parts = scale.launch(config, overrides or [], modes, _numbers(ranks), steps, rounds, threads, _say)
     report = scale.gathered(parts, predict)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -249,7 +250,8 @@ def parse(raw: dict[str, Any], where: str) -> Config:
             config = Config.model_validate(without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
             raise InputError("\n".join(f"{where}: {line}" for line in problems)) from None
-    problems += [line for line in combinations(config) if not any(key in line for key in wrong)]
+    told = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in wrong]
+    problems += [line for line in combinations(config) if not any(key.search(line) for key in told)]
     if problems:
         raise InputError("\n".join(f"{where}: {line}" for line in problems))
     return config

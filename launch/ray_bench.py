@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -26,8 +27,9 @@ def main() -> None:
         raise InputError(f"--storage {arguments.storage} is relative: give the absolute path of a folder that every "
                          "node sees")  # fmt: skip
     config = load(arguments.config, arguments.overrides)
-    path = str(arguments.storage / config.data.path)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    if not config.data.remote:
+        path = str(arguments.storage / config.data.path)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     ray.init()
     worlds = [world for world in arguments.workers if scale.fits(config, arguments.mode, world)]
     points = [_point(config, world, arguments) for _ in range(arguments.rounds) for world in worlds]
@@ -40,7 +42,7 @@ def main() -> None:
 
 
 def _point(config: Config, world: int, arguments: argparse.Namespace) -> files.Report:
-    """Measured by a group of `world` workers."""
+    """Measured by a group of `world` workers. Raises a worker's InputError."""
     task = {"config": config.model_dump(mode="json"), "mode": arguments.mode, "steps": arguments.steps,
             "command": sys.argv}  # fmt: skip
     trainer = TorchTrainer(
@@ -57,7 +59,13 @@ def _point(config: Config, world: int, arguments: argparse.Namespace) -> files.R
             worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
     )
-    found: files.Report = trainer.fit().return_value
+    try:
+        found: files.Report = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, InputError):
+                raise cause from None
+        raise
     return found
 
 

@@ -102,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ has examples")
     parser.add_argument(
         "--storage", type=Path, required=True,
-        help="folder that every node sees, absolute; a relative runs or data.path is taken from it",
+        help="folder that every node sees, absolute; relative runs, data.path, data.cache, deepspeed are taken from it",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=_workers, default=(1, 1),
@@ -133,8 +133,10 @@ def _at(storage: Path, config: Config) -> Config:
     if not storage.is_absolute():
         raise InputError(f"--storage {storage} is relative: give the absolute path of a folder that every node sees")
     path = config.data.path if config.data.remote else str(storage / config.data.path)
-    data = config.data.model_copy(update={"path": path})
-    return config.model_copy(update={"data": data, "runs": str(storage / config.runs)})
+    cache = config.data.cache and str(storage / config.data.cache)
+    data = config.data.model_copy(update={"path": path, "cache": cache})
+    deepspeed = config.deepspeed and str(storage / config.deepspeed)
+    return config.model_copy(update={"data": data, "deepspeed": deepspeed, "runs": str(storage / config.runs)})
 
 
 def check(config: Config, workers: tuple[int, int]) -> None:

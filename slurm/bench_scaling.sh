@@ -4,7 +4,7 @@
 #   sbatch slurm/bench_scaling.sh                                              # configs/la.yaml, two CPU nodes
 #   sbatch --nodes 8 --gpus-per-node 4 slurm/bench_scaling.sh configs/la.yaml data.workers=4
 #
-# Submit from the root of the repository. The arguments are those of `cclmpc train`; docs/benchmarks.md tells what is
+# Submit from the root of the repository. The arguments are `CONFIG [key=value ...]`; docs/benchmarks.md tells what is
 # measured. The batches of the configuration are each rank's.
 
 # ---- what a site must change -----------------------------------------------------------------------------------------
@@ -71,9 +71,10 @@ for ((round = 1; round <= ROUNDS; round++)); do
     [ "$SLURM_NNODES" = 1 ] || sizes+=("$SLURM_NNODES $PROCESSES")
     for size in "${sizes[@]}"; do
         file=$RESULTS/point-${size/ /x}-$round.json
+        rm -f "$file"
         # shellcheck disable=SC2086
         measure $size "$file" "$@"
-        points+=("$file")
+        [ ! -e "$file" ] || points+=("$file") # a strong scaling leaves out ranks that do not divide the batches
     done
 done
 "${python[@]}" -m cclmpc_dist bench gather "${points[@]}" --predict --out "$RESULTS/scale.json"

@@ -57,4 +57,4 @@ if [ "$task" = 1 ] && [ -z "$(squeue --noheader --name="$merge")" ]; then # a ta
         --wrap="exec $(printf '%q ' "${python[@]}" -m cclmpc_dist merge "$out")"
 fi
 
-exec "${python[@]}" -m cclmpc_dist shard "$@" --part "$task/$SLURM_ARRAY_TASK_COUNT" --workers "$SLURM_CPUS_ON_NODE"
+exec "${python[@]}" -m cclmpc_dist shard --workers "$SLURM_CPUS_ON_NODE" "$@" --part "$task/$SLURM_ARRAY_TASK_COUNT"

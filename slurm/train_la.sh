@@ -4,7 +4,7 @@
 #   sbatch slurm/train_la.sh                                                   # configs/la.yaml on two CPU nodes
 #   sbatch --nodes 4 --gpus-per-node 4 slurm/train_la.sh configs/la.yaml data.batch_labelled=16 data.batch_unlabelled=16
 #
-# Submit from the root of the repository. The arguments are those of `cclmpc train`; docs/reliability.md tells the rest.
+# Submit from the root of the repository. The arguments are `CONFIG [key=value ...]`; docs/reliability.md tells the rest.
 
 # ---- what a site must change -----------------------------------------------------------------------------------------
 #SBATCH --job-name=train_la

@@ -248,6 +248,11 @@ def test_points_of_different_configurations_make_no_report() -> None:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
+def test_no_point_makes_no_report() -> None:
+    with pytest.raises(InputError, match="no point was measured"):
+        scale.gathered([], clusters=False)
+
+
 def test_two_files_side_by_side(tmp_path: Path) -> None:
     (before,), (after,) = report_of({1: [2.0]}), report_of({1: [1.0]})
     after["meta"]["commit"] = "1"

@@ -99,7 +99,7 @@ def test_other_version_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["state.json"] = _digest(folder / "state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="version 99, this program reads 1"):
+    with pytest.raises(InputError, match="version 99, this program reads 2"):
         read_state(tmp_path, 1)
 
 

@@ -37,6 +37,10 @@ def test_overrides_reach_their_key_and_the_dump_reads_back(tmp_path: Path) -> No
     assert load(path) == config
 
 
+def test_a_short_wrong_key_hides_no_other_problem(tmp_path: Path) -> None:
+    assert len(problems(tmp_path, "e=1", "strategy=deepspeed")) == 2
+
+
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     told = problems(
         tmp_path,

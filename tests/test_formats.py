@@ -64,6 +64,36 @@ def test_a_volume_keeps_values_labels_and_place(name: str, tmp_path: Path) -> No
     np.testing.assert_array_equal(reader.label(1), inputs.mask(1))
 
 
+def test_labels_below_the_images_are_no_images_however_the_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        inputs.nifti(tmp_path / f"in/c{number}.nii.gz", inputs.volume(number))
+        inputs.nifti(tmp_path / f"in/labels/c{number}_seg.nii.gz", inputs.mask(number))
+    monkeypatch.chdir(tmp_path)
+    for labels in (tmp_path / "in/labels", Path("in/labels"), Path("in/../in/labels")):
+        for folder in (Path("in"), tmp_path / "in"):
+            found = cases("nifti", folder, labels=labels, label_suffix="_seg")
+            assert [case.key for case in found] == ["c0", "c1"]
+            assert all(case.label is not None for case in found)
+
+
+def test_other_labels_and_labels_that_changed_make_another_corpus(tmp_path: Path) -> None:
+    """Of the same names and sizes."""
+    for number in range(3):
+        inputs.nifti(tmp_path / f"in/c{number}.nii", inputs.volume(number))
+        for kind in "ab":
+            inputs.nifti(tmp_path / f"{kind}/c{number}.nii", inputs.mask(number))
+
+    def handles(kind: str) -> Any:
+        return sources.cases("nifti", tmp_path / "in", None, Options(labels=tmp_path / kind))
+
+    one, other = ([handle.fingerprint for handle in handles(kind)] for kind in "ab")
+    assert one != other
+    options = [str(Options(labels=tmp_path / kind)) for kind in "ab"]
+    assert options[0] != options[1]
+
+
 def test_a_volume_is_turned_to_stated_axes(tmp_path: Path) -> None:
     turned = np.array([[0, 0, -2.0, 5], [0.5, 0, 0, 6], [0, -0.75, 0, 7], [0, 0, 0, 1]])  # axes A, I, L
     inputs.nifti(tmp_path / "in/c.nii", inputs.volume(), turned)

@@ -83,8 +83,10 @@ def gathered(parts: Sequence[Report], clusters: bool) -> Report:
     """One report: medians over the rounds of each point, efficiencies, the prediction for the measured world sizes
     beside what was seen, and with `clusters` for the clusters of the cost model up to 1024 GPUs.
 
-    Raises InputError where parts are of different configurations or hold no point.
+    Raises InputError where parts are of different configurations, hold no point, or there are none.
     """
+    if not parts:
+        raise InputError("no point was measured: give numbers of ranks that divide the batches")
     check_alike(parts)
     rounds: dict[str, list[list[Record]]] = defaultdict(list)
     for part in parts:

@@ -21,6 +21,7 @@ S3_PART = 8 << 20  # the same for s3, where each part is a request
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 8  # failures in a row, without a byte between them, after which a file is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a second try, doubled before each further one: 30 to 60 in all
+PATIENCE = TRIES * TIMEOUT + 2 * LONGEST_WAIT  # seconds after which a file is surely given up
 AUTHORIZATION = "CCLMPC_HTTP_AUTHORIZATION"
 SECRETS = (AUTHORIZATION, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 PASSING = (408, 425, 429)  # answers below 500 that another try may mend

@@ -56,7 +56,7 @@ class _Told:
 
 
 def _shard(index: Index, number: int, digest: str, told: _Told) -> Iterator[str]:
-    """Problems of one shard; what its samples say of their crop is added to `cropped`."""
+    """Problems of one shard; what concerns other samples too is added to `told`."""
     file = index.shard_path(number)
     if sha256(file) != digest:
         yield f"{file}: its bytes are not those that were written (sha256): copy it again or shard again"

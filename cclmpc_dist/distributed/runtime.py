@@ -46,7 +46,7 @@ def start(precision: str, timeout: timedelta = COLLECTIVE_TIMEOUT, plugin: Any =
     if told not in ("no", precision):
         raise InputError(f"precision = {precision}, and accelerate launch was told mixed_precision = {told}: make them "
                          "equal, or leave the second at no")  # fmt: skip
-    if plugin is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError("accelerate launch was told use_deepspeed: start it without, and set strategy=deepspeed")
     group = InitProcessGroupKwargs(timeout=timeout)
     if on_cpu and plugin is not None:

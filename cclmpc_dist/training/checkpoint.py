@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cclmpc_dist.errors import InputError, LostRanks
 
-VERSION = 1
+VERSION = 2
 
 Tensors = dict[str, Tensor]
 

@@ -16,7 +16,8 @@ MIB = 2**20
 
 
 def rehearse(config: Config) -> None:
-    """Check configuration and corpus, take one step at the launched world size, say what it took; leave nothing behind.
+    """Check configuration and corpus, take one step with every loss at the launched world size, say what it took; leave
+    nothing behind.
 
     A run folder that is there is not gone on from. Raises InputError as training does.
     """
@@ -27,6 +28,7 @@ def rehearse(config: Config) -> None:
         trainer.build()
         trainer.describe()
         _estimate(trainer)
+        trainer.step = trainer.totals[0] - 1  # where every term counts
         window = trainer.first_step()
         _seen(trainer, window.seconds - window.waited, window.waited)
     finally:

@@ -19,6 +19,7 @@ from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import loader, to_device
 from cclmpc_dist.data.remote import open_corpus
+from cclmpc_dist.data.store import PATIENCE
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
 from cclmpc_dist.distributed.watch import Watch
@@ -76,7 +77,10 @@ class Trainer:
             run.checkpoints_folder(config.folder), self.rank, self.world, config.checkpoint.keep,
             config.hang_seconds or COLLECTIVE_TIMEOUT.total_seconds(),
         )  # fmt: skip
-        self.watch = Watch(config.folder, config.hang_seconds)
+        seconds = config.hang_seconds
+        if config.data.remote and seconds:
+            seconds = max(seconds, PATIENCE)  # the reader's own tries come first
+        self.watch = Watch(config.folder, seconds)
         self.pace = Pace(self.device)
         self.best: dict[str, float] = {}  # Dice and step of the best validation so far
         self.saved, self.saved_at = 0, time.monotonic()
@@ -190,7 +194,10 @@ class Trainer:
                     self._fit_phase()
                 self._save()
         except RuntimeError as error:
-            raise self.watch.lost(error) from error
+            told = self.watch.lost(error)
+            if told is error:
+                raise
+            raise told from error
         finally:
             self.checkpoints.wait()
         runtime.barrier()

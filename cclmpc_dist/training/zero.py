@@ -69,8 +69,8 @@ def start(config: Config) -> Accelerator:
     """An Accelerator that prepares for DeepSpeed. Raises InputError where that or its JSON cannot be used."""
     sharing = read(config)
     if find_spec("deepspeed") is None:
-        raise InputError("strategy = deepspeed, which is not installed here: pip install 'cclmpc-dist[deepspeed]', or "
-                         "take strategy=ddp")  # fmt: skip
+        raise InputError("strategy = deepspeed, which is not installed here: pip install '.[deepspeed]', or take "
+                         "strategy=ddp")  # fmt: skip
     if "LOCAL_RANK" not in os.environ:
         raise InputError("strategy = deepspeed needs ranks to share with: start it with torchrun, or take strategy=ddp")
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":

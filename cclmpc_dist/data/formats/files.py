@@ -29,8 +29,9 @@ class Files:
 
     @property
     def fingerprint(self) -> str:
-        """The files' sizes."""
-        return " ".join(str(path.stat().st_size) for path in (*self.images, *([self.label] if self.label else [])))
+        """The files' sizes and times of change."""
+        stats = [path.stat() for path in (*self.images, *([self.label] if self.label else []))]
+        return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
     def read(self) -> Case:
         raise NotImplementedError
@@ -43,12 +44,13 @@ def find(folder: Path, endings: Sequence[str], inside: Path | None = None) -> li
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: name the one that holds the files")
+    left_out = inside.resolve() if inside else None
     files = [
         path
         for path in folder.rglob("*")
         if path.name.lower().endswith(tuple(endings))
         and not path.name.startswith(".")
-        and not (inside and path.is_relative_to(inside))
+        and not (left_out and path.resolve().is_relative_to(left_out))
         and path.is_file()
     ]
     if not files:
@@ -93,7 +95,8 @@ def paired(
     """
     files = find(folder, endings, options.labels)
     labels = _labels(folder, options, label_endings)
-    images = [path for path in files if path not in set(labels.values())]
+    taken = {path.resolve() for path in labels.values()}
+    images = [path for path in files if path.resolve() not in taken]
     channels = [by_key(images, suffix, endings) for suffix in options.channels or ("",)]
     for key, path in channels[0].items():
         for suffix, others in zip(options.channels[1:], channels[1:], strict=True):
@@ -128,7 +131,7 @@ def _check_labels(
 
 
 def lines(path: str | Path) -> list[str]:
-    """The lines of a list that are not blank. Raises InputError where it cannot be read, is empty, or names twice."""
+    """The lines of a list that are not blank. Raises InputError where it cannot be read or is empty."""
     try:
         found = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except OSError as error:

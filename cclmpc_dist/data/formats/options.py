@@ -32,10 +32,10 @@ class Options:
     channels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Those that bytes depend on, where they are not as they come."""
+        """Those that samples depend on, where they are not as they come."""
         plain = Options()
         given = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
-        return " ".join(f"{name}={value}" for name, value in given.items() if name not in ("labels", "classes"))
+        return " ".join(f"{name}={value}" for name, value in given.items() if name != "classes")
 
 
 def parse(
