@@ -13,6 +13,7 @@ _TYPES = {
     "labelled": "u1", "split": "u1", "key_bytes": "u1", "key_at": "<i8", "key_order": "<i8", "voxel_at": "<i8",
     "voxels": "<i4",
 }  # fmt: skip
+_FLOAT32 = np.finfo(np.float32)
 _NAMES = np.zeros(256, bool)
 _NAMES[[*b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz-"]] = True
 
@@ -64,7 +65,11 @@ def values(columns: Columns, manifest: dict[str, Any], itemsize: np.ndarray) -> 
     if max(columns["split"].max(), columns["labelled"].max()) > 1:
         return "column split or labelled holds others than 0 and 1"
     numbers = np.concatenate([columns["scale"], columns["offset"], columns["spacing"].ravel()])
-    if not np.isfinite(numbers).all() or (columns["scale"] == 0).any() or (columns["spacing"] <= 0).any():
+    scale = np.abs(columns["scale"])
+    with np.errstate(over="ignore"):
+        largest = np.abs(columns["offset"]) + scale * 2**16
+    beyond = (largest > _FLOAT32.max) | (scale < _FLOAT32.tiny)  # samples are float32 once they are scaled
+    if not np.isfinite(numbers).all() or beyond.any() or (columns["spacing"] <= 0).any():
         return "column scale, offset or spacing holds what cannot be"
     return _names(columns) or _steps(columns["voxel_at"], len(columns["voxels"]), "voxel_at")
 

@@ -70,7 +70,7 @@ def _labels(folder: Path, options: Options, folders: dict[str, Path]) -> dict[st
 def _slice(path: Path) -> Any:
     """A file's header, its pixels still to be decoded. Raises InputError where what a slice needs is missing."""
     import pydicom
-    from pydicom.errors import InvalidDicomError
+    from pydicom.errors import BytesLengthException, InvalidDicomError
 
     try:
         one = pydicom.dcmread(path, specific_tags=[*_NEEDED, *_USED])
@@ -78,7 +78,7 @@ def _slice(path: Path) -> Any:
             pass
         absent = [name for name in _NEEDED if not one.get(name)]
         several = int(one.get("NumberOfFrames") or 1) > 1 or int(one.get("SamplesPerPixel") or 1) != 1
-    except (InvalidDicomError, *UNREADABLE) as error:
+    except (BytesLengthException, InvalidDicomError, *UNREADABLE) as error:
         raise InputError(f"{path}: not a readable DICOM file ({_line(error)}): {volumes.DAMAGED}") from None
     if absent or "PixelData" not in one:
         raise InputError(f"{path}: has no {(absent or ['PixelData'])[0]}: keep only the slices of one series here")
