@@ -1,27 +1,14 @@
 # Sourced by the batch scripts that train, under `set -eu` and with PYTHON, CONTAINER, PROCESSES, INTERFACE and HEAD set;
-# their arguments are CONFIG [key=value ...]. Makes the job's environment, $run (the run folder) and $endpoint (HEAD:PORT
+# their arguments are CONFIG [key=value ...]. Makes what launch/job.sh does, $run (the run folder) and $endpoint (HEAD:PORT
 # on the first node), asks the ranks to save when the job must go, and queues it again.
 
 asked=
 trap 'asked=1; [ -z "${run:-}" ] || touch "$run/preempt"' USR2
 
-python=("$PYTHON")
-[ -z "$CONTAINER" ] || python=(apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} "$CONTAINER" python)
-
-export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1)) # torchrun would take 1
-export NCCL_DEBUG=WARN # says why a connection failed, and nothing while all is well
-export PYTHONFAULTHANDLER=1 # a crash in native code leaves a Python stack
+source launch/job.sh
 export CCLMPC_GRACE_SECONDS=$(sed -n 's/^#SBATCH --signal=B:USR2@//p' "$0") # lets the run check its time to save
-if [ -n "$INTERFACE" ]; then
-    export NCCL_SOCKET_IFNAME=$INTERFACE # the first interface found can be one that leads to no other node
-    export GLOO_SOCKET_IFNAME=$INTERFACE # gloo takes the host name's, which is often the loopback
-fi
-
-# The node's address, as Slurm has it.
-address() { scontrol --oneliner show node "$1" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/'; }
-HEAD=${HEAD:-$(address "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")}
 run=$("${python[@]}" launch/run_folder.py "$@")
-endpoint=$("${python[@]}" launch/rendezvous.py "$HEAD" "$SLURM_JOB_ID")
+endpoint=$(rendezvous)
 
 newest() { find "$run/checkpoints" -maxdepth 1 -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1; }
 again() {

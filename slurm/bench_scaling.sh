@@ -29,38 +29,18 @@ RESULTS=${RESULTS:-runs/bench_scaling-$SLURM_JOB_ID} # folder for the report, wh
 # ----------------------------------------------------------------------------------------------------------------------
 
 set -eu
-python=("$PYTHON")
-[ -z "$CONTAINER" ] || python=(apptainer exec ${SLURM_GPUS_ON_NODE:+--nv} "$CONTAINER" python)
 [ $# -gt 0 ] || set -- configs/la.yaml
-
-export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > PROCESSES ? SLURM_CPUS_ON_NODE / PROCESSES : 1)) # one rank alone has no more
-export NCCL_DEBUG=WARN # says why a connection failed, and nothing while all is well
-if [ -n "$INTERFACE" ]; then
-    export NCCL_SOCKET_IFNAME=$INTERFACE # the first interface found can be one that leads to no other node
-    export GLOO_SOCKET_IFNAME=$INTERFACE # gloo takes the host name's, which is often the loopback
-fi
-
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-HEAD=${HEAD:-$(scontrol --oneliner show node "${hosts[0]}" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')}
+source launch/job.sh
 mkdir -p "$RESULTS"
 
 # measure NODES PROCESSES FILE CONFIG [key=value ...]: one point, on the first nodes
 measure() {
-    local nodes=$1 processes=$2 file=$3 first
+    local nodes=$1 processes=$2 file=$3
     shift 3
-    first=$(printf '%s,' "${hosts[@]:0:nodes}")
-    endpoint=$("${python[@]}" launch/rendezvous.py "$HEAD" "$SLURM_JOB_ID")
+    endpoint=$(rendezvous)
     echo "bench_scaling.sh: $((nodes * processes)) rank(s) on $nodes node(s)"
-    # --cpus-per-task: srun does not take it over from sbatch, and would bind a node's ranks to one core.
-    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --nodelist="${first%,}" \
-        --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 bash -c '
-        [ "$SLURM_NODEID" = 0 ] && host=true || host=false
-        # The first node holds the store, whatever name it goes by; the others wait while it reads Python from afar.
-        export PET_RDZV_CONF=is_host=$host,read_timeout=300
-        exec "$@"' torchrun "${python[@]}" -m torch.distributed.run \
-        --nnodes="$nodes" --nproc-per-node="$processes" --rdzv-backend=c10d --rdzv-endpoint="$endpoint" \
-        --rdzv-id="$SLURM_JOB_ID-$nodes-$processes" -m cclmpc_dist bench scale "$@" --mode="$MODE" --steps="$STEPS" \
-        --out="$file"
+    agents "$nodes" "$processes" "$endpoint" "$SLURM_JOB_ID-$nodes-$processes" -m cclmpc_dist bench scale "$@" \
+        --mode="$MODE" --steps="$STEPS" --out="$file"
 }
 
 points=()

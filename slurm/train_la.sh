@@ -33,16 +33,7 @@ set -eu
 source launch/batch.sh
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart in a store with the addresses of the dead fails (pytorch#135712)
 
-# --cpus-per-task: srun does not take it over from sbatch, and would bind a node's ranks to one core.
-# --kill-on-bad-exit: a killed agent ends the job, where the others would wait for it in vain.
-srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 bash -c '
-    [ "$SLURM_NODEID" = 0 ] && host=true || host=false
-    # The first node holds the store, whatever name it goes by; the others wait while it still reads Python from afar.
-    export PET_RDZV_CONF=is_host=$host,read_timeout=300
-    exec "$@"' torchrun "${python[@]}" -m torch.distributed.run \
-    --nnodes="$SLURM_NNODES" --nproc-per-node="$PROCESSES" --max-restarts=3 \
-    --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" \
-    launch/train.py "$@" &
+agents "$SLURM_NNODES" "$PROCESSES" "$endpoint" "$SLURM_JOB_ID" --max-restarts=3 launch/train.py "$@" &
 
 await $!
 settle

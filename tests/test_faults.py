@@ -1,9 +1,12 @@
 """Faults of processes and files, each with what it costs; those that need a cluster are in test_slurm.py."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import psutil
 import pytest
 import toy
 import yaml
+from slurm_cluster import free_port
 
 from cclmpc_dist.training.checkpoint import complete_steps
 
@@ -131,6 +135,51 @@ def test_sigterm_to_the_agent_costs_the_steps_since_the_checkpoint(
     assert code == 0, said
     assert f"going on from step {stopped}" in said
     toy.assert_same(straight, toy.tensors(tmp_path / "toy" / LAST))
+
+
+class Agents:
+    """torchrun on one node or two, with a rank each; the first holds the store, the second may come and go."""
+
+    def __init__(self, folder: Path, configuration: str) -> None:
+        self.output, self.configuration, self.port = folder / "output", configuration, free_port()
+
+    def start(self, host: bool) -> subprocess.Popen[bytes]:
+        conf = f"is_host={str(host).lower()},last_call_timeout=5"  # how long it waits for a second node
+        meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self.port}", f"--rdzv-conf={conf}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--max-restarts=3", *meeting]
+        with self.output.open("ab") as output:
+            return subprocess.Popen(
+                [*command, str(ROOT / "launch/train.py"), self.configuration], stdout=output, stderr=output,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            )  # fmt: skip
+
+    def starts(self, times: int) -> list[int]:
+        """Numbers of ranks that the run was started on so far, once these are so many."""
+        deadline = time.monotonic() + 120
+        while len(found := re.findall(r"on (\d) process", self.output.read_text())) < times:
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.1)
+        return [int(number) for number in found]
+
+
+@pytest.mark.cluster
+def test_a_node_that_goes_and_one_that_comes_change_the_world_size(toy_corpus: Path, tmp_path: Path) -> None:
+    """torchrun --nnodes 1:2. Each step is taken once, on the stream positions that its number says."""
+    raw = toy.settings(toy_corpus, tmp_path, budget__images=120_000, checkpoint__every_steps=5)
+    agents = Agents(tmp_path, write(tmp_path, raw))
+    first, second = agents.start(host=True), agents.start(host=False)
+    toy.wait_for_step(first, tmp_path / "toy", 6)
+    toy.kill(second)
+    assert agents.starts(2) == [2, 1]
+    toy.wait_for_step(first, tmp_path / "toy", toy.steps_logged(tmp_path / "toy") + 10)
+    second = agents.start(host=False)
+    assert agents.starts(3) == [2, 1, 2]
+    toy.wait_for_step(first, tmp_path / "toy", toy.steps_logged(tmp_path / "toy") + 10)
+    (tmp_path / "toy" / "preempt").touch()
+    assert [toy.finish(agent)[0] for agent in (first, second)] == [0, 0], agents.output.read_text()
+    logged = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, len(logged) + 1))
+    assert all(line["data/unlabelled_epoch"] == line["step"] / 2 for line in logged)
 
 
 @pytest.mark.cluster

@@ -67,10 +67,13 @@ class Run:
     def reach(self, step: int) -> None:
         until(lambda: toy.steps_logged(self.folder) >= step, f"step {step}", 150, detail=self.said)
 
-    def finish(self, number: int, straight: dict[str, Any]) -> None:
-        """It comes to its end, with the bits of a run that nothing interrupted."""
+    def end(self, number: int) -> None:
         state = self.cluster.wait_for(number, "COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED")["JobState"]
         assert state == "COMPLETED", self.said()
+
+    def finish(self, number: int, straight: dict[str, Any]) -> None:
+        """It comes to its end, with the bits of a run that nothing interrupted."""
+        self.end(number)
         toy.assert_same(straight, toy.tensors(self.folder / LAST))
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -172,6 +175,24 @@ def test_a_node_lost_during_a_save_costs_that_save(run: Run, straight: dict[str,
     assert "going on from step 4" in run.said()
 
 
+def test_after_the_loss_of_a_node_it_goes_on_with_the_one_that_is_left(run: Run) -> None:
+    """Each step is taken once, on the stream positions that its number says."""
+    number = run.submit()
+    run.reach(6)
+    run.cluster.lose("node2")
+    run.cluster.wait_for(number, "PENDING")
+    run.cluster.ask("scontrol", "update", f"JobId={number}", "NumNodes=1", "NumTasks=1", "NumCPUs=1")
+    run.cluster.start_again(number)
+    run.end(number)
+    run.cluster.start("slurmd-node2", "-D", "-N", "node2")
+    first, second = run.said().split("going on from step ")
+    assert "on 2 process(es)" in first
+    assert "on 1 process(es)" in second
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, 21))
+    assert all(line["data/unlabelled_epoch"] == line["step"] / 2 for line in logged)
+
+
 def test_a_cancelled_job_stays_cancelled(run: Run) -> None:
     number = run.submit()
     run.reach(6)
@@ -186,7 +207,7 @@ def test_a_taken_port_gives_way_to_the_next(run: Run) -> None:
     number = run.submit("budget.images=24", option="--hold")
     with socket.create_server(("", 20_000 + number % 10_000)):
         run.cluster.ask("scontrol", "release", str(number))
-        assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
+        run.end(number)
 
 
 def image(folder: Path) -> dict[str, str]:
@@ -199,7 +220,7 @@ def image(folder: Path) -> dict[str, str]:
 
 def test_with_an_image_all_python_runs_in_it(run: Run, tmp_path: Path) -> None:
     number = run.submit("budget.images=24", **image(tmp_path))
-    assert run.cluster.wait_for(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", run.said()
+    run.end(number)
     programs = ["launch/run_folder.py", "launch/rendezvous.py", "-m", "-m"]
     assert (tmp_path / "calls").read_text().splitlines() == [f"exec our.sif python {name}" for name in programs]
 
