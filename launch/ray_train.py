@@ -88,6 +88,7 @@ def _on_workers(
                 num_workers=most if least == most else (least, most),
                 use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
                 resources_per_worker={"CPU": arguments.cpus},
+                elastic_resize_monitor_interval_s=arguments.resize_seconds,
             ),
             run_config=options,
         ).fit()
@@ -110,13 +111,19 @@ def _arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
     parser.add_argument(
+        "--resize-seconds", type=float, default=60, help="how often elastic workers look for room (default 60)"
+    )
+    parser.add_argument(
         "--max-failures", type=int, default=3, help="restarts after lost workers; -1 for any number (default 3)"
     )
     parser.add_argument(
         "--doctor", action="store_true", help="do not train: look at what training depends on, on these workers"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not arguments.resize_seconds >= 0:
+        parser.error(f"--resize-seconds {arguments.resize_seconds:g}: give 0 or more")
+    return arguments
 
 
 def _workers(text: str) -> tuple[int, int]:
