@@ -276,7 +276,8 @@ def combinations(config: Config) -> list[str]:
     for axis, (step, size) in enumerate(zip(config.stride, config.data.patch, strict=False)):
         if step > size:
             problems.append(
-                f"evaluation.stride[{axis}] = {step} is larger than the patch's {size}: voxels would be missed"
+                f"evaluation.stride[{axis}] = {step} is larger than the patch's {size}: voxels would be missed; "
+                "take at most that, or null for half the patch"
             )
     for axis in config.data.flip:
         if axis >= dims:
