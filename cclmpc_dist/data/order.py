@@ -30,10 +30,16 @@ def permutation(n: int, *parts: int | str) -> np.ndarray:
 
 
 def ranked(words: np.ndarray) -> np.ndarray:
-    """The stable order of some words. numpy's default sort is many times faster; without equal words it is the same."""
-    order = np.argsort(words)
-    ascending = words[order]
-    return np.argsort(words, kind="stable") if (ascending[1:] == ascending[:-1]).any() else order
+    """The stable order of random 64-bit words, int64.
+
+    A sort of the words alone, with their places in the lowest bits, takes a fifth of the stable sort's time. It is the
+    same order unless two words are alike in all other bits, which for few words is next to never.
+    """
+    low = np.uint64((1 << len(words).bit_length()) - 1)
+    packed = (words & ~low) | np.arange(len(words), dtype=np.uint64)
+    packed.sort()
+    alike = (packed[1:] ^ packed[:-1]) <= low
+    return np.argsort(words, kind="stable") if alike.any() else (packed & low).astype(np.int64)
 
 
 def rank_lanes(batch: int, rank: int, world: int, group: int = 1) -> range:
