@@ -34,6 +34,7 @@ from cclmpc_dist.training import plan, setup
 MIB = 2**20
 SHAPE = (1, 256, 256)  # uint8
 IMAGE, LABEL, JSON = 128 + 65536, 128 + 65536, 400  # bytes of a member
+FLOATS = {"scale": 0.01, "offset": 0.0}
 HEADER = 512  # of a tar's member, whose bytes are padded to a multiple of it
 WITH_LABEL = 100  # every so many-th shard holds labels
 LABELLED = 1000  # of these samples
@@ -124,8 +125,9 @@ def _rows(first: int, count: int, labels: bool) -> tuple[Rows, int]:
     for name in rows.integers:
         needed = name not in Rows.VOXELS or labels
         rows.integers[name] = array("q", columns.get(name, np.zeros(count * needed)).astype(np.int64).tobytes())
-    for name, value, axes in (("spacing", 1.0, len(SHAPE) - 1), ("scale", 0.01, 1), ("offset", 0.0, 1)):
-        rows.floats[name] = array("d", np.full(count * axes, value).tobytes())
+    for name in rows.floats:
+        axes = len(SHAPE) - 1 if name == "spacing" else 1
+        rows.floats[name] = array("d", np.full(count * axes, FLOATS.get(name, 1.0)).tobytes())
     rows.shape, rows.shapes = SHAPE, array("q", np.tile(np.array(SHAPE, np.int64), count).tobytes())
     rows.keys = [f"slice-{case:09d}" for case in range(first, first + count)]
     rows.patients = rows.keys

@@ -30,6 +30,7 @@ from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
+AS_STORED = {"scale": np.float32(1), "offset": np.float32(0)}  # the network sees what is stored
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ class Stream(Mixture):
         row, crop = volume.row, self._crop(volume.row, u)
         image = crop.turned(region(volume.image, crop.start, crop.size, self._reader.background(row)))
         label = None if volume.label is None else crop.turned(region(volume.label, crop.start, crop.size, 0))
-        scale, offset = np.float32(self.index["scale"][row]), np.float32(self.index["offset"][row])
-        return _Sample(key, image, label, scale, offset, volume.passed)
+        seen = {name: np.float32(self.index[name][row]) for name in AS_STORED}
+        return _Sample(key, image, label, seen, volume.passed)
 
 
 @dataclass(frozen=True)
@@ -228,19 +229,19 @@ class _Volume:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A crop as a view of what was read: image (C, *patch) as stored, label (*patch)."""
+    """A crop as a view of what was read: image (C, *patch) as stored, label (*patch); seen: what `to_device` makes of
+    the image."""
 
     key: int
     image: np.ndarray
     label: np.ndarray | None
-    scale: np.float32
-    offset: np.float32
+    seen: dict[str, np.float32]
     passed: int
 
     def normalised(self) -> "_Sample":
-        """With float32 values, as `to_device` computes them."""
-        image = self.offset + self.scale * self.image.astype(np.float32)
-        return replace(self, image=image, scale=np.float32(1), offset=np.float32(0))
+        """With float32 values, bit for bit as `to_device` computes them."""
+        image = self.seen["offset"] + self.seen["scale"] * self.image.astype(np.float32)
+        return replace(self, image=image, seen=AS_STORED)
 
 
 def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
@@ -250,8 +251,8 @@ def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
     batch: Batch = {"image": _stacked([sample.image for sample in samples], buffers)}
     labels = [sample.label for sample in samples if sample.label is not None]
     batch |= {"label": _stacked(labels, buffers)} if labels else {}
-    for name in ("scale", "offset"):
-        batch[name] = torch.from_numpy(np.array([getattr(sample, name) for sample in samples]))
+    for name in AS_STORED:
+        batch[name] = torch.from_numpy(np.array([sample.seen[name] for sample in samples]))
     keys = torch.tensor([sample.key for sample in samples])
     return batch | {"key": keys, "skipped": sum(sample.passed for sample in samples)}
 
