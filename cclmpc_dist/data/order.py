@@ -52,7 +52,7 @@ def rank_lanes(batch: int, rank: int, world: int, group: int = 1) -> range:
 
 
 class Order:
-    """The order of one stream.
+    """The order of one stream, or of one corpus of a stream over several.
 
     samples: index rows, ascending. shard_of_sample: their shards, which may not fall. batch: G. block: shards
     shuffled together. corpus: identity of the index, kept in the state. Memory is the samples, two numbers a
