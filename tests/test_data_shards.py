@@ -371,7 +371,7 @@ def test_index_that_is_none(corpus):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "cannot be read"), ('{"version": 2}', "version 2"), ("[]", "version None")]
+    ("text", "words"), [("{", "cannot be read"), ('{"version": 3}', "version 3"), ("[]", "version None")]
 )
 def test_manifest_that_cannot_be_used(corpus, text, words):
     (corpus.path / index_file.MANIFEST).write_text(text)

@@ -254,23 +254,28 @@ def test_acdc_volumes_end_in_the_slice_axis(tmp_path: Path) -> None:
     assert case.label.shape == (4, 5, 3)
 
 
-def test_a_window_is_clipped_and_scaled_to_one() -> None:
+def test_a_window_becomes_zero_to_one() -> None:
     image = np.array([[-1000, -160, 40, 240, 3000]], np.int16)
     found = normalise(image, parse_rule("window:-160,240"), Path("f"))
-    assert found.image.tolist() == [[-160, -160, 40, 240, 240]]
-    assert found.image.dtype == np.int16
-    np.testing.assert_allclose(found.offset + found.scale * found.image, [[0, 0, 0.5, 1, 1]])
+    assert found.image is image
+    assert (found.low, found.high) == (-160, 240)
+    np.testing.assert_allclose(found.applied(), [[0, 0, 0.5, 1, 1]])
     assert found.said == {"clip": [[-160.0, 240.0]], "rule": "window:-160,240"}
     bright = normalise(np.array([[0, 255]], np.uint8), parse_rule("window:-5,300"), Path("f"))
-    assert bright.image.tolist() == [[0, 255]], "bounds beyond what the type holds"
+    np.testing.assert_allclose(bright.applied(), [[5 / 305, 260 / 305]], err_msg="bounds beyond what the type holds")
+    narrow = normalise(np.array([[0, 1]], np.int16), parse_rule("window:0.25,0.75"), Path("f"))
+    np.testing.assert_allclose(narrow.applied(), [[0, 1]], err_msg="bounds between whole numbers")
 
 
-def test_percentiles_clip_whole_numbers_to_whole_numbers() -> None:
+def test_percentiles_are_voxels_of_the_image() -> None:
     image = np.arange(1001, dtype=np.int16)[None]
     found = normalise(image, parse_rule("percentile:1,99"), Path("f"))
-    assert (found.image.min(), found.image.max()) == (10, 990)
-    values = found.offset + found.scale * found.image
-    assert (values.mean(), values.std()) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
+    assert (found.low, found.high) == (10, 990)
+    assert found.image is image
+    values = found.applied()
+    assert (values.mean(), values.std()) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
+    sparse = normalise(np.array([[0, 0, 0, 7, 100]], np.int16), parse_rule("percentile:0,80"), Path("f"))
+    assert sparse.high == 7, "not a value between 7 and 100"
 
 
 def test_channels_of_unlike_scales_are_stored_normalised() -> None:

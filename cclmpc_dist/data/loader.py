@@ -29,6 +29,7 @@ from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
+AS_STORED = {"scale": 1.0, "offset": 0.0, "low": -math.inf, "high": math.inf}  # the network sees what is stored
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class Stream:
     def batch(self, step: int, lanes: Sequence[int]) -> Batch:
         """The crops of some lanes at a global step.
 
-        image: (b, C, *patch) as stored (float32, scale 1, offset 0 where stored types differ); scale, offset:
-        (b,) float32; label: (b, *patch) uint8, with_label only; key: (b,) int64 for draws; lane: (b,) int64;
-        skipped: int, samples passed over. Raises InputError naming shard and case.
+        image: (b, C, *patch) as stored, or float32 as the network sees it where stored types differ; scale, offset,
+        low, high: (b,) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
+        int64 for draws; lane: (b,) int64; skipped: int, samples passed over. Raises InputError naming shard and case.
         """
         epoch, t = self.order.place(step)
         places = [self.order.lane(epoch, t, lane) for lane in lanes]
@@ -171,11 +172,16 @@ class Stream:
             if label is not None and sample.label is not None:
                 copy_rows(label[i], crop.turned(region(sample.label, crop.start, crop.size, 0)))
         rows = [sample.row for sample in samples]
-        scale = np.ones(len(rows)) if mixed else self.index["scale"][rows]
-        offset = np.zeros(len(rows)) if mixed else self.index["offset"][rows]
-        arrays = {"image": image, "scale": scale.astype(np.float32), "offset": offset.astype(np.float32)}
-        arrays |= {"label": label} if label is not None else {}
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+        arrays = {"image": image} | ({"label": label} if label is not None else {})
+        plain = {name: torch.full((len(rows),), value) for name, value in AS_STORED.items()}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()} | (
+            plain if mixed else seen(self.index, rows)
+        )
+
+
+def seen(index: Index, rows: Sequence[int]) -> Batch:
+    """How the network sees the stored images of these rows: scale, offset, low, high, (b,) float32 each."""
+    return {name: torch.from_numpy(index[name][rows].astype(np.float32)) for name in AS_STORED}
 
 
 @dataclass(frozen=True)
@@ -267,16 +273,17 @@ def _end_with_parent(worker: int) -> None:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch on `device`: image float32 (b, C, *patch) = offset + scale * stored, label int64; scale and
-    offset are used up."""
+    """The batch on `device`: image float32 (b, C, *patch) = offset + scale * clip(stored, low, high), label int64;
+    these four are used up. Under autocast too, all of it is float32."""
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
-    scale, offset, image = moved.pop("scale"), moved.pop("offset"), moved["image"]
+    image = moved["image"]
     axes = (-1,) + (1,) * (image.ndim - 1)
+    scale, offset, low, high = (moved.pop(name).view(axes) for name in AS_STORED)
     # Two roundings: a fused multiply-add is used for parts of a tensor only, and values would depend on the batch.
-    moved["image"] = image.float().mul(scale.view(axes)).add_(offset.view(axes))
+    moved["image"] = image.float().clamp(low, high).mul_(scale).add_(offset)
     if "label" in moved:
         moved["label"] = moved["label"].long()
     return moved

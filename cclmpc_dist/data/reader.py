@@ -67,9 +67,12 @@ class Reader:
         return self.image(row), self.label(row) if self.index["label_bytes"][row] else None
 
     def normalised(self, row: int) -> np.ndarray:
-        """Image (C, *S) float32, offset + scale * stored."""
-        scale, offset = np.float32(self.index["scale"][row]), np.float32(self.index["offset"][row])
-        return offset + scale * self.image(row).astype(np.float32)
+        """Image (C, *S) float32 as the network sees it, bit for bit as loader.to_device makes it of a batch."""
+        values = self.image(row).astype(np.float32)
+        np.clip(values, self.index["low"][row], self.index["high"][row], out=values)
+        values *= np.float32(self.index["scale"][row])
+        values += np.float32(self.index["offset"][row])
+        return values
 
     def background(self, row: int) -> float:
         """The stored value nearest to normalised 0."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, edited, sha256
+from cclmpc_dist.data.encode import finite
+from cclmpc_dist.data.index import DTYPES, INDEX, UNCLIPPED, VAL, Index, edited, sha256
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
 
@@ -113,10 +114,9 @@ def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | No
 
 
 def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
-    held = {
-        "key": index.key(row), "scale": float(index["scale"][row]), "offset": float(index["offset"][row]),
-        "spacing": index["spacing"][row].tolist(),
-    }  # fmt: skip
+    held = {"key": index.key(row), "spacing": index["spacing"][row].tolist()}
+    bounds = () if index.manifest["version"] == UNCLIPPED else ("low", "high")
+    held |= {name: finite(float(index[name][row])) for name in ("scale", "offset", *bounds)}
     try:
         meta = json.loads(data)
         said = {name: meta[name] for name in held}
