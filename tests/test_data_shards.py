@@ -351,7 +351,7 @@ def test_damage_is_told_in_one_line(corpus, harm):
         f"{corpus.shard_path(1)}: not a readable tar: copy it again or shard again",
     ]
     with pytest.raises(InputError) as error:
-        inspect(corpus.path)
+        inspect(corpus)
     assert str(error.value).endswith("case-000: its image is damaged: copy the shard again")
 
 
@@ -388,7 +388,7 @@ def test_missing_index_and_missing_folder(corpus, tmp_path):
 
 
 def test_inspect_tells_what_is_there(corpus):
-    summary = inspect(corpus.path)
+    summary = inspect(corpus)
     json.dumps(summary)
     assert (summary["samples"], summary["with_label"], summary["labelled"], summary["val"]) == (8, 7, 2, 2)
     assert summary["size_min"] == [9, 8, 7]

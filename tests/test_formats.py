@@ -332,12 +332,12 @@ def test_inspect_counts_and_draws(tmp_path: Path) -> None:
         inputs.nifti(tmp_path / f"in/c{number}.nii", inputs.volume(number))
         inputs.nifti(tmp_path / f"labels/c{number}.nii", inputs.mask(number, top=2) * (number > 0))
     index = corpus("nifti", tmp_path / "in", tmp_path / "out", labels=tmp_path / "labels")
-    found = verify.inspect(index.path)
+    found = verify.inspect(index)
     assert found["samples_with_class"] == [2, 2]
     histogram = found["histogram"]
     assert len(histogram["edges"]) == len(histogram["counts"]) + 1
     assert 0.95 < sum(histogram["counts"]) / (3 * np.prod(inputs.SHAPE)) <= 1, "between the 1st and 99th percentile"
-    with Image.open(io.BytesIO(pictures.sheet(verify.sheet(index.path)))) as picture:
+    with Image.open(io.BytesIO(pictures.sheet(verify.sheet(index)))) as picture:
         assert picture.format == "PNG"
         assert picture.width > picture.height > 100
 

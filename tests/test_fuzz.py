@@ -66,13 +66,12 @@ def read_all(folder: Path) -> None:
     """Everything that reads a corpus. Whatever else than InputError is a fault."""
     problems = verify.verify(folder)
     assert all(isinstance(line, str) and "\n" not in line for line in problems)
-    for look in (verify.inspect, samples):
+    for look in (verify.inspect, verify.cases, samples):
         with suppress(InputError):
-            look(folder)
+            list(look(Index.open(folder)) or [])
 
 
-def samples(folder: Path) -> None:
-    index = Index.open(folder)
+def samples(index: Index) -> None:
     reader = Reader(index)
     for row in range(len(index)):
         with suppress(InputError):

@@ -78,7 +78,7 @@ def test_batches_are_those_of_an_image_clipped_before(tmp_path: Path, rule: str,
         np.testing.assert_array_equal(seen, Reader(kept).normalised(row))
         np.testing.assert_allclose(seen, one.applied(), atol=1e-5)
     assert verify(kept.path) == []
-    assert inspect(kept.path)["percentiles"] == inspect(host.path)["percentiles"]
+    assert inspect(kept)["percentiles"] == inspect(host)["percentiles"]
 
 
 def test_what_is_stored_is_the_file_and_its_bounds(tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ class Index:
         expected = self.manifest["shards"][shard]["bytes"]
         try:
             file = open(path, "rb")  # noqa: SIM115 (the caller's)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing: copy it beside the index, or shard again") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
         size = os.fstat(file.fileno()).st_size

@@ -2,10 +2,13 @@
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from cclmpc_dist.config import Data
+from cclmpc_dist.config import Data, url_problems
 from cclmpc_dist.data import store
 from cclmpc_dist.data.cache import Blob, Cache
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
@@ -21,15 +24,40 @@ def open_corpus(data: Data) -> Index:
     """The index of `data.path`, a folder or a URL. Raises InputError."""
     if not data.remote:
         return Index.open(data.path)
-    url, cache = Url(data.path), Cache(str(data.cache), int(data.cache_gib * GIB))
-    source = store.source(url)
-    manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
-    size = store.size(source, url, INDEX)
-    index = RemoteIndex(url, manifest, size, cache.folder, cache.limit)
+    index = _opened(Url(data.path), Path(str(data.cache)), int(data.cache_gib * GIB))
+    _refuse(index)
+    return index
+
+
+@contextmanager
+def visited(path: str, cache: Path | None, limit: int, check: bool) -> Iterator[Index]:
+    """The index of a folder or a URL for a look at it. Raises InputError, with `check` for problems of the index too.
+
+    Files of a URL come through `cache`, or a temporary folder, of `limit` bytes besides what is in use.
+    """
+    if "://" not in path:
+        yield Index.open(path, check)
+        return
+    problems = url_problems(path)
+    if problems:
+        raise InputError(f"the URL {problems[0]}")
+    with nullcontext(cache) if cache else TemporaryDirectory(prefix="cclmpc-") as folder:
+        index = _opened(Url(path), Path(folder), limit)
+        if check:
+            _refuse(index)
+        yield index
+
+
+def _refuse(index: Index) -> None:
     problems = index.problems()
     if problems:
         raise InputError(problems[0])
-    return index
+
+
+def _opened(url: Url, cache: Path, limit: int) -> "RemoteIndex":
+    source = store.source(url)
+    manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
+    return RemoteIndex(url, manifest, store.size(source, url, INDEX), cache, limit)
 
 
 class RemoteIndex(Index):
