@@ -244,6 +244,19 @@ def test_damaged_zstd_member(tmp_path):
     assert [line for line in verify(index.path) if "case-001: its label cannot be read" in line]
 
 
+def test_a_zstd_member_that_holds_less_than_its_header_says(tmp_path):
+    import zstandard
+
+    index = write(tmp_path / "out", numbered(2), compress="zstd")
+    at, size = int(index["image_at"][1]), int(index["image_bytes"][1])
+    data = zstandard.decompress(index.shard_path(0).read_bytes()[at : at + size])
+    short = zstandard.compress(data[:-1])
+    patch(index.shard_path(0), at, short[:size])
+    rewrite(index, image_bytes=np.array([index["image_bytes"][0], len(short)]))
+    with pytest.raises(InputError, match=r"shard-000000\.tar: case case-001: its image is damaged"):
+        Reader(Index.open(index.path)).image(1)
+
+
 def test_wrong_shape_is_found(corpus):
     shape = corpus["shape"].copy()
     shape[2, 1] += 1

@@ -1,6 +1,7 @@
 """Volumes and crops out of the shards. Layout: C channels, S spatial."""
 
 import io
+import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -109,9 +110,10 @@ class Reader:
             start = 0
         else:
             buffer, start = self._map(int(self.index["shard"][row])), int(self.index[f"{part}_at"][row])
-        if buffer[start : start + len(head)] != head:
-            raise InputError(f"{self._where(row)}: its {part} is damaged: copy the shard again")
         dtype = np.dtype(np.uint8) if code == LABEL else DTYPES[code]
+        short = len(buffer) - start - len(head) < math.prod(shape) * dtype.itemsize
+        if short or buffer[start : start + len(head)] != head:
+            raise InputError(f"{self._where(row)}: its {part} is damaged: copy the shard again")
         return np.ndarray(shape, dtype, buffer, start + len(head))
 
     def _decompress(self, row: int, part: str) -> bytes:
