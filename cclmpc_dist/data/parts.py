@@ -56,9 +56,21 @@ def settled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first setting in which two builds differ, in words."""
+    """The first setting in which two builds differ, in the words of `cclmpc shard`."""
     name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    return "other cases" if name == "keys" else f"{name} = {old.get(name)}, not {new.get(name)}"
+    return "other cases" if name == "keys" else f"{_option(name, old.get(name))}, not {_option(name, new.get(name))}"
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as it was given on the command line."""
+    if name == "cases":
+        return f"{value} cases"
+    if name == "options":  # field=value of the format's own, between blanks
+        return re.sub(r"\b(\w+)=", lambda found: f"--{found[1].replace('_', '-')}=", value) or "no option of the format"
+    named = {"source": "format", "shard_bytes": "shard-mib", "parts": "part"}
+    shown = {"shard_bytes": lambda size: f"{size / 2**20:g}", "parts": lambda count: f"I/{count}"}.get(name, str)
+    option = f"--{named.get(name, name).replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option} {shown(value)}"
 
 
 def inputs(cases: Sequence[Handle]) -> str:

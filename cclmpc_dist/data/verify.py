@@ -7,8 +7,9 @@ import tarfile
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -71,7 +72,8 @@ class _Told:
 def _shard(index: Index, number: int, file: BinaryIO, told: _Told) -> Iterator[str]:
     """Problems of one shard; what concerns other samples too is added to `told`."""
     name = index.shard_name(number)
-    if hashlib.file_digest(file, "sha256").hexdigest() != index.manifest["shards"][number]["sha256"]:
+    digest = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
+    if digest != index.manifest["shards"][number]["sha256"]:
         yield f"{name}: its bytes are not those that were written (sha256): copy it again or shard again"
     rows = np.flatnonzero(index["shard"] == number)
     file.seek(0)
