@@ -159,7 +159,8 @@ class Trainer:
             order = stream.order
             say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
-        for line in setup.cache_notes(self.config, self.index, self.streams) + self.method.notes():
+        notes = setup.label_notes(self.config, self.index, self.cases)
+        for line in notes + setup.cache_notes(self.config, self.index, self.streams) + self.method.notes():
             say(line)
 
     def _check_grace(self) -> None:
