@@ -29,7 +29,8 @@ def evaluate_run(
     """Score a run's checkpoint on a split of its corpus and write RUN/eval/. Collective.
 
     overrides change values such as evaluation.stride or data.path; ema=0 takes the weights themselves. Raises
-    InputError where run, checkpoint or split is not there, or the checkpoint is of another network.
+    InputError where run, checkpoint or split is not there, the split has no label, or the checkpoint is of another
+    network.
     """
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run folder: name one that `cclmpc train` wrote")
@@ -42,6 +43,9 @@ def evaluate_run(
             split, "choose another --split"
         )
         raise InputError(f"{config.data.path}: no case in the {split} split: {remedy}")
+    if not index["label_bytes"][samples].any():
+        raise InputError(f"{config.data.path}: no case of the {split} split has a label to score against: shard it "
+                         "with its labels, or choose another --split")  # fmt: skip
     step = _step(folder, which)
     method = create(config, Corpus(index.channels, index.classes))
     module = method.build().to(device).eval()
