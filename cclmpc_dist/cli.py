@@ -238,9 +238,9 @@ def evaluate(
     from cclmpc_dist.evaluation import held_out
 
     try:
-        rows, _ = held_out.evaluate_run(run, checkpoint, split, overrides or [], _say)
+        rows, meta = held_out.evaluate_run(run, checkpoint, split, overrides or [], _say)
         if runtime.rank() == 0:
-            _table(rows)
+            _table(rows, meta.unit)
             print(f"per case: {run / 'eval' / 'cases.csv'}")
     finally:
         runtime.stop()
@@ -276,18 +276,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
+def _table(rows: list[dict[str, Any]], unit: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cclmpc_dist.evaluation.metrics import METRICS, summary
+    from cclmpc_dist.evaluation.metrics import metrics_in, summary
 
-    titles = {metric.column: (metric.title, metric.unit) for metric in METRICS}
+    metrics = metrics_in(unit)
     table = Table("class", "metric", "unit", "mean", "SD", "95 % interval", "cases", "undefined")
     for entry in summary(rows):
         interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
         numbers = f"{entry['mean']:.4f}", f"{entry['sd']:.4f}", interval, str(entry["n"]), str(entry["n_excluded"])
-        table.add_row(str(entry["class"]), *titles[entry["metric"]], *numbers)
+        metric = metrics[entry["metric"]]
+        table.add_row(str(entry["class"]), metric.title, metric.unit, *numbers)
     Console(width=110).print(table)
 
 

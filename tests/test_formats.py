@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -386,9 +387,15 @@ def test_photographs_from_shards_to_a_report(
     raw = toy.settings(Path(shards), tmp_path, **changes, **batches)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
     run("train", str(tmp_path / "c.yaml"))
-    assert "Dice" in run("eval", str(tmp_path / "toy"))
+    table = run("eval", str(tmp_path / "toy"))
+    assert all(words in table for words in ("Dice", "pixel", "NSD at 1 pixel"))
     run("report", str(tmp_path / "toy"))
-    assert "data:image/png" in (tmp_path / "toy/report.html").read_text()
+    page = (tmp_path / "toy/report.html").read_text()
+    assert "data:image/png" in page
+    results = re.search("Evaluation<.*<h2>Pictures", page, re.DOTALL)[0]
+    assert "HD95, pixel" in results
+    for said in (table, re.sub("<[^>]+>", " ", results)):
+        assert not re.search(r"\bmm\b|\bvoxels?\b", said), "its spacing is of pixels"
 
 
 def test_the_verb_offers_every_format() -> None:

@@ -1,6 +1,7 @@
 """Volumes and crops out of the shards. Layout: C channels, S spatial."""
 
 import io
+import json
 import math
 import mmap
 from collections import OrderedDict
@@ -74,6 +75,13 @@ class Reader:
         values *= np.float32(self.index["scale"][row])
         values += np.float32(self.index["offset"][row])
         return values
+
+    def unit(self, row: int) -> str:
+        """What the spacing is in: mm; voxel or pixel where the source tells none. Raises InputError."""
+        try:
+            return str(json.loads(self._bytes(row, "json")).get("unit", "mm"))
+        except (ValueError, AttributeError):
+            raise InputError(f"{self._where(row)}: its JSON cannot be read: copy the shard again") from None
 
     def background(self, row: int) -> float:
         """The stored value nearest to normalised 0."""

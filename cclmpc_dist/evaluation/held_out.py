@@ -9,6 +9,7 @@ from torch import nn
 
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
@@ -58,7 +59,7 @@ def evaluate_run(
     rows = evaluate_cases(
         method.predictor(module), index, samples, config, device, folder / "eval", lambda key: say(f"  {key}")
     )
-    meta = _meta(config, index, step, which, weights, split)
+    meta = _meta(config, index, step, which, weights, split, Reader(index).unit(int(samples[0])))
     if runtime.rank() == 0:
         save(folder / "eval", rows, meta)
     runtime.barrier()
@@ -66,7 +67,7 @@ def evaluate_run(
 
 
 def _meta(
-    config: Config, index: Index, step: int, which: Which, weights: Literal["model", "ema"], split: Split
+    config: Config, index: Index, step: int, which: Which, weights: Literal["model", "ema"], split: Split, unit: str
 ) -> Meta:
     return Meta(
         step=step,
@@ -79,6 +80,7 @@ def _meta(
         stride=config.stride,
         blend=config.evaluation.blend,
         classes=index.classes,
+        unit=unit,
     )
 
 
