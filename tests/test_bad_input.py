@@ -7,6 +7,7 @@ from pathlib import Path
 
 import inputs
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
@@ -109,6 +110,27 @@ def _(folder):
     return ["nifti", str(folder)], ["a.nii", "every voxel is 7", "leave it out"]
 
 
+@kind("every voxel the same once it is clipped")
+def _(folder):
+    spot = np.zeros(inputs.SHAPE, np.int16)
+    spot[0, 0, 0] = 900
+    inputs.nifti(folder / "a.nii", spot)
+    arguments = ["nifti", str(folder), "--normalise", "percentile:5,95"]
+    return arguments, ["a.nii", "every voxel is 0 after the clip", "leave it out"]
+
+
+@kind("voxels that are no real numbers")
+def _(folder):
+    inputs.nifti(folder / "a.nii", inputs.volume().astype(np.complex64))
+    return ["nifti", str(folder)], ["a.nii", "voxels of type complex64", "save real numbers"]
+
+
+@kind("NRRD in a space that is not known")
+def _(folder):
+    inputs.nrrd_file(folder / "a.nrrd", inputs.volume(), space="scanner-xyz")
+    return ["nrrd", str(folder)], ["a.nrrd", "its space is scanner-xyz", "left-posterior-superior"]
+
+
 @kind("four axes where three are expected")
 def _(folder):
     inputs.nifti(folder / "a.nii", np.stack([inputs.volume(0), inputs.volume(1)], axis=-1))
@@ -149,6 +171,20 @@ def _(folder):
     return [*arguments, "--list", str(folder / "train.list")], ["train.list", "case c7", "take it off the list"]
 
 
+@kind("a list without names")
+def _(folder):
+    arguments = volumes(folder)
+    (folder / "train.list").write_text("\n\n")
+    return [*arguments, "--list", str(folder / "train.list")], ["train.list", "no cases", "one name a line"]
+
+
+@kind("a list that is no text")
+def _(folder):
+    arguments = volumes(folder)
+    (folder / "train.list").write_bytes(b"\xff\xfe\x00c0")
+    return [*arguments, "--list", str(folder / "train.list")], ["train.list", "not UTF-8 text"]
+
+
 @kind("label without an image")
 def _(folder):
     arguments = volumes(folder, labels=True)
@@ -178,6 +214,13 @@ def _(folder):
     return arguments, ["labels/c1.nii.gz", "(8, 7, 5)", "(8, 7, 6)", "must be the same"]
 
 
+@kind("label with channels")
+def _(folder):
+    arguments = volumes(folder, labels=True)
+    inputs.nifti(folder / "labels/c1.nii.gz", inputs.mask(1, (*inputs.SHAPE, 2)))
+    return arguments, ["labels/c1.nii.gz", "(8, 7, 6, 2)", "expected three axes"]
+
+
 @kind("label in another place")
 def _(folder):
     arguments = volumes(folder, labels=True)
@@ -192,6 +235,13 @@ def _(folder):
     arguments = volumes(folder, labels=True)
     inputs.nifti(folder / "labels/c1.nii.gz", inputs.mask(1) * 255)
     return arguments, ["labels/c1.nii.gz", "holds 0, 255", "--label-map, as in 0=0,255=1"]
+
+
+@kind("label value that --label-map leaves out")
+def _(folder):
+    arguments = volumes(folder, labels=True)
+    inputs.nifti(folder / "labels/c1.nii.gz", inputs.mask(1, top=2))
+    return [*arguments, "--label-map", "0=0,1=1"], ["labels/c1.nii.gz", "holds 2", "add it there"]
 
 
 @kind("label above --classes")
@@ -223,6 +273,11 @@ def _(folder):
         name = f"patient001_frame01_slice_{number}.h5"
         inputs.h5(folder / f"data/slices/{name}", image=image, label=inputs.mask(number, (4, 5)))
     return ["acdc-h5", str(folder), "--val-last", "1"], ["patient patient001", "--val-last", "parts no patient"]
+
+
+@kind("no case left to train on")
+def _(folder):
+    return [*volumes(folder), "--val-last", "2"], ["--val-last 2", "none of 2 cases", "lower it"]
 
 
 @kind("unreadable JPEG")
@@ -266,6 +321,18 @@ def _(folder):
     return ["acdc-h5", str(folder)], ["patient001_frame01_slice_1.h5", "holds no `image`", "--format"]
 
 
+@kind("HDF5 truncated")
+def _(folder):
+    inputs.cut(inputs.h5(folder / "patient001_frame01_slice_1.h5", image=np.zeros((40, 50))))
+    return ["acdc-h5", str(folder)], ["patient001_frame01_slice_1.h5", "not a readable HDF5 file", "fetch it again"]
+
+
+@kind("HDF5 with other axes")
+def _(folder):
+    inputs.h5(folder / "patient001_frame01_slice_1.h5", image=np.zeros((3, 4, 5)))
+    return ["acdc-h5", str(folder)], ["patient001_frame01_slice_1.h5", "(3, 4, 5)", "two axes"]
+
+
 @kind("DICOM slice that is missing")
 def _(folder):
     inputs.series(folder / "p1", inputs.volume(0, (9, 8, 5)), (0.0, 2.5, 7.5, 10.0, 12.5))
@@ -306,6 +373,28 @@ def _(folder):
     return ["dicom", str(folder)], ["p1/0-0.dcm", "cannot be read", "copy it again"]
 
 
+@kind("DICOM slice without a place")
+def _(folder):
+    inputs.series(folder / "p1", inputs.volume(0, (9, 8, 3)))
+    path = folder / "p1/0-0.dcm"
+    one = pydicom.dcmread(path)
+    del one.ImagePositionPatient
+    one.save_as(path)
+    return ["dicom", str(folder)], ["p1/0-0.dcm", "has no ImagePositionPatient", "keep only the slices"]
+
+
+@kind("bounds the wrong way round")
+def _(folder):
+    return [*volumes(folder), "--normalise", "window:240,-160"], ["--normalise window:240,-160", "below HIGH"]
+
+
+@kind("a folder with other files")
+def _(folder):
+    (folder.parent / "out").mkdir()
+    (folder.parent / "out/notes.txt").write_text("mine")
+    return volumes(folder), ["out: is not empty", "give another --out"]
+
+
 @kind("an option that means nothing there")
 def _(folder):
     inputs.picture(folder / "a.png", PHOTO)
@@ -332,12 +421,19 @@ def test_one_line_names_file_and_remedy(
     assert len(said) == 1
     for word in words:
         assert word in said[0]
+    line = said[0].removeprefix("cclmpc: ").replace(f"{tmp_path}/in/", "").replace(f"{tmp_path}/", "")
+    assert re.fullmatch(re.escape(rows()[name]).replace(r"\.\.\.", ".*"), line), "what the page says"
+
+
+def rows() -> dict[str, str]:
+    """docs/formats.md: the line of each kind; ... stands for anything."""
+    table = PAGE.read_text().partition("## What is refused")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| (?!input|---)([^|]+?) \| (.+) \|$", table, re.MULTILINE))
 
 
 def test_the_page_lists_every_kind() -> None:
-    """docs/formats.md, in the order of this file."""
-    table = PAGE.read_text().partition("## What is refused")[2]
-    assert re.findall(r"^\| ([^|]+?) \| ", table, re.MULTILINE)[1:] == list(KINDS)
+    """In the order of this file."""
+    assert list(rows()) == list(KINDS)
 
 
 def test_one_bad_case_is_left_out_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
