@@ -142,7 +142,7 @@ def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
         return
     for name, value in held.items():
         if said[name] != value:
-            yield f"its JSON says {name} = {said[name]}, the index {value}: shard again"
+            yield f"its JSON says {name} = {json.dumps(said[name])}, the index {json.dumps(value)}: shard again"
     if split != index["split"][row]:
         yield f"its patient {patient} is in the other split too (case {other}): shard again with another --val-last"
 
