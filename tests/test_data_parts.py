@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from corpora import numbered, tree, write, write_h5
+from corpora import numbered, told, tree, write, write_h5
 from stalled import build
 
 from cclmpc_dist import cli
@@ -398,6 +398,9 @@ def test_a_finished_corpus_is_left_alone(parted: Path) -> None:
     with pytest.raises(InputError, match=kept.format("--labelled 3, not no --labelled", instead)):
         shards.write_part(numbered(10), parted, settings(labelled=None), 2)
     assert tree(parted) == before
+    told(Index.open(parted), settings={})
+    with pytest.raises(InputError, match=kept.format("settings that it does not tell", "")):
+        shards.write_part(numbered(10), parted, settings(), 2)
 
 
 def test_labels_beyond_lowered_classes_are_found_again(tmp_path: Path) -> None:

@@ -330,6 +330,7 @@ def test_inspect_tells_what_is_there(corpus):
     assert (summary["samples"], summary["with_label"], summary["labelled"], summary["val"]) == (8, 7, 2, 2)
     assert summary["size_min"] == [9, 8, 7]
     assert summary["size_max"] == [11, 10, 9]
+    assert summary["spacing_unit"] == "mm"
     assert summary["stored_as"] == {"uint8": 8, "int16": 0, "float32": 0}
     assert summary["first_keys"][0] == "case-000"
     assert summary["percentiles"]["0"] == 0

@@ -101,6 +101,7 @@ def _same_as_complete(part: Part, said: dict[str, Any], own: str) -> None:
     settings, hashes = manifest.get("settings", {}), manifest.get("inputs", [])
     if settings != said or hashes[part.number - 1] != own:
         what = difference(settings, said) if settings != said else "files of other sizes or times of change"
+        what = what if settings else "settings that it does not tell"
         instead = ", or set data.labelled for the run, which needs no new shards" if "--labelled" in what else ""
         raise InputError(f"{part.out}: holds a finished corpus made with {what}, and is left as it is: "
                          f"give another --out{instead}")  # fmt: skip

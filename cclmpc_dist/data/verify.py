@@ -192,6 +192,7 @@ def inspect(index: Index) -> dict[str, Any]:
         "size_min": shape.min(0).tolist(), "size_max": shape.max(0).tolist(),
         "size_median": np.median(shape, axis=0).tolist(),
         "spacing_min": spacing.min(0).tolist(), "spacing_max": spacing.max(0).tolist(),
+        "spacing_unit": Reader(index).unit(rows[0]),
         "stored_as": {str(dtype): int((index["dtype"] == code).sum()) for code, dtype in enumerate(DTYPES)},
         "samples_with_class": _with_class(index), "volumes_read": len(rows), **_intensities(index, rows),
         "first_keys": [index.key(row) for row in range(min(5, len(index)))],
