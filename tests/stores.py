@@ -79,6 +79,16 @@ def nginx(root: Path, folder: Path) -> Iterator[str]:
             server.terminate()
 
 
+def wait_for(port: int, server: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
 SECRET = {"AWS_ACCESS_KEY_ID": "AKIAUSER", "AWS_SECRET_ACCESS_KEY": "s3cret/Key", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -103,16 +113,6 @@ def uploaded(folder: Path, endpoint: str | None = None) -> str:
     files.mkdir("bucket")
     files.put(str(folder), "bucket/corpus", recursive=True)
     return "s3://bucket/corpus"
-
-
-def wait_for(port: int, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing listens on port {port}")
 
 
 def opened(path: str | Path, cache: Path | None = None, size: int = GIB) -> Index:
