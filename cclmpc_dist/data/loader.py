@@ -29,7 +29,9 @@ from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
-AS_STORED = {"scale": 1.0, "offset": 0.0, "low": -math.inf, "high": math.inf}  # the network sees what is stored
+AS_STORED = {  # the network sees what is stored
+    "scale": np.float32(1), "offset": np.float32(0), "low": np.float32(-np.inf), "high": np.float32(np.inf),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,14 @@ class Stream:
                 copy_rows(label[i], crop.turned(region(sample.label, crop.start, crop.size, 0)))
         rows = [sample.row for sample in samples]
         arrays = {"image": image} | ({"label": label} if label is not None else {})
-        plain = {name: torch.full((len(rows),), value) for name, value in AS_STORED.items()}
-        return {name: torch.from_numpy(values) for name, values in arrays.items()} | (
-            plain if mixed else seen(self.index, rows)
-        )
+        numbers = [AS_STORED if mixed else seen(self.index, row) for row in rows]
+        arrays |= {name: np.array([of_one[name] for of_one in numbers]) for name in AS_STORED}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-def seen(index: Index, rows: Sequence[int]) -> Batch:
-    """How the network sees the stored images of these rows: scale, offset, low, high, (b,) float32 each."""
-    return {name: torch.from_numpy(index[name][rows].astype(np.float32)) for name in AS_STORED}
+def seen(index: Index, row: int) -> dict[str, np.float32]:
+    """How the network sees a stored image: `applied` takes it."""
+    return {name: np.float32(index[name][row]) for name in AS_STORED}
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,8 @@ class Reader:
 
     def normalised(self, row: int) -> np.ndarray:
         """Image (C, *S) float32 as the network sees it, bit for bit as loader.to_device makes it of a batch."""
-        values = self.image(row).astype(np.float32)
-        np.clip(values, self.index["low"][row], self.index["high"][row], out=values)
-        values *= np.float32(self.index["scale"][row])
-        values += np.float32(self.index["offset"][row])
-        return values
+        seen = {name: np.float32(self.index[name][row]) for name in ("scale", "offset", "low", "high")}
+        return applied(self.image(row), **seen)
 
     def unit(self, row: int) -> str:
         """What the spacing is in: mm; voxel or pixel where the source tells none. Raises InputError."""
@@ -133,6 +130,15 @@ class Reader:
             raise InputError(
                 f"{self._where(row)}: its {part} cannot be decompressed ({error}): copy the shard again"
             ) from None
+
+
+def applied(image: np.ndarray, scale: np.float32, offset: np.float32, low: np.float32, high: np.float32) -> np.ndarray:
+    """offset + scale * clip(image, low, high), a new float32 array."""
+    values = image.astype(np.float32)
+    np.clip(values, low, high, out=values)
+    values *= scale
+    values += offset
+    return values
 
 
 def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:

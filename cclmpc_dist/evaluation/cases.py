@@ -60,4 +60,5 @@ def _read(index: Index, samples: Sequence[int], device: torch.device) -> Iterato
 def whole(reader: Reader, row: int, device: torch.device | str) -> Tensor:
     """A sample's image (C, *S) on `device`, float32 as the network sees it; it travels as it is stored."""
     stored = torch.from_numpy(np.array(reader.image(row)))
-    return to_device({"image": stored[None], **seen(reader.index, [row])}, device)["image"][0]
+    numbers = {name: torch.tensor([value]) for name, value in seen(reader.index, row).items()}
+    return to_device({"image": stored[None], **numbers}, device)["image"][0]
