@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from cclmpc_dist import __version__
 from cclmpc_dist.cli_bench import bench
 from cclmpc_dist.errors import InputError, LostRanks
 
@@ -23,6 +24,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cclmpc_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _cclmpc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Options of no verb."""
+
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
 Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]

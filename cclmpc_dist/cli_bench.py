@@ -47,6 +47,21 @@ def bench_store(
     _record(measure(url, cache, repeats=repeats), out)
 
 
+@bench.command("index")
+def bench_index(
+    folder: Annotated[Path, typer.Option(help="an existing folder, on the disk that corpora lie on")] = Path("."),
+    samples: Annotated[int, typer.Option(min=100_000, help="of the corpus; its shards hold nothing")] = 10_000_000,
+    shard_samples: Annotated[int, typer.Option(min=1, help="samples a shard")] = 1000,
+    trials: Annotated[int, typer.Option(min=2, help="steps whose order is timed")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="starts that the medians are of")] = 3,
+    out: Out = None,
+) -> None:
+    """A corpus of millions of samples: seconds and memory of a rank's start, milliseconds of a step's order."""
+    from cclmpc_dist.benching.index import bench_index as measure
+
+    _record(measure(folder, samples, shard_samples, trials, repeats), out)
+
+
 @bench.command("eval")
 def bench_eval(
     la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes random blobs")] = None,

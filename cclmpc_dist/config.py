@@ -29,9 +29,22 @@ def _fraction(default: float, text: str) -> Any:
     return Field(default, ge=0, le=1, description=text)
 
 
+class Further(Settings):
+    """A corpus beside `data.path`: its training cases are unlabelled, whether or not its shards hold labels."""
+
+    path: str = Field(description="its folder or URL, as data.path")
+    batch: PositiveInt = Field(description="its images of data.batch_unlabelled; what the corpora leave over is "
+                               "data.path's")  # fmt: skip
+
+
+CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+
+
 class Data(Settings):
     path: str = Field(description="folder that `cclmpc shard` wrote, or its URL: http://, https:// or s3:// "
                       "(docs/stores.md)")  # fmt: skip
+    further: dict[CorpusName, Further] = Field({}, description="more corpora of unlabelled images, each under a NAME "
+                                               "of yours (docs/data.md)")  # fmt: skip
     cache: str | None = Field(None, description="folder on a disk of the node for shards of a URL, shared by its ranks "
                               "and by other runs; must be set for a URL, a folder needs none")  # fmt: skip
     cache_gib: PositiveFloat = Field(32.0, description="size of the cache in GiB; the blocks in use, one a lane, may "
@@ -43,8 +56,8 @@ class Data(Settings):
     patch: tuple[PositiveInt, ...] = Field(description="crop size in voxels, one number an axis")
     batch_labelled: PositiveInt | None = Field(None, description="labelled images a microbatch over ALL ranks; "
                                                "unset takes max(2, ranks)")  # fmt: skip
-    batch_unlabelled: PositiveInt | None = Field(None, description="unlabelled images a microbatch over ALL ranks; "
-                                                 "unset takes max(2, ranks)")  # fmt: skip
+    batch_unlabelled: PositiveInt | None = Field(None, description="unlabelled images a microbatch over ALL ranks and "
+                                                 "corpora; unset takes max(2, ranks)")  # fmt: skip
     oversample_foreground: float = _fraction(0.0, "share of labelled crops that are placed on a foreground voxel")
     rotate: bool = Field(True, description="random quarter turns in the first two axes")
     flip: tuple[NonNegativeInt, ...] = Field((0, 1), description="axes flipped at random")
@@ -56,8 +69,14 @@ class Data(Settings):
                                               "by its lane's next one and counted")  # fmt: skip
 
     @property
+    def paths(self) -> dict[str, str]:
+        """Where each corpus lies, by the key of the setting: data.path, then data.further in the order of its names."""
+        further = {f"data.further.{name}.path": self.further[name].path for name in sorted(self.further)}
+        return {"data.path": self.path} | further
+
+    @property
     def remote(self) -> bool:
-        return "://" in self.path
+        return any("://" in path for path in self.paths.values())
 
 
 class Views(Settings):
@@ -149,7 +168,8 @@ class Budget(Settings):
     """Length of training, exactly one of the two."""
 
     images: PositiveInt | None = Field(None, description="images seen, labelled + unlabelled, over all ranks")
-    epochs: PositiveInt | None = Field(None, description="passes over the unlabelled stream (labelled where alone)")
+    epochs: PositiveInt | None = Field(None, description="passes over the unlabelled stream (labelled where alone); of "
+                                       "several corpora over the one that needs the most steps")  # fmt: skip
 
 
 class Checkpoints(Settings):
@@ -209,6 +229,11 @@ class Config(Settings):
         size = self.data.batch_labelled if stream == "labelled" else self.data.batch_unlabelled
         return size or max(2, world_size)
 
+    def lanes(self, world_size: int) -> list[int]:
+        """G_k of the unlabelled stream: what is left to data.path, then data.further in the order of its names."""
+        further = [self.data.further[name].batch for name in sorted(self.data.further)]
+        return [self.batch("unlabelled", world_size) - sum(further), *further]
+
 
 MODEL_STRIDE = 16  # the V-Net halves four times
 
@@ -259,7 +284,7 @@ def parse(raw: dict[str, Any], where: str) -> Config:
 
 def combinations(config: Config) -> list[str]:
     """What each setting allows and all together do not. One line a problem."""
-    problems = _store(config.data)
+    problems = [line for key, path in config.data.paths.items() for line in _store(config.data, key, path)]
     dims = config.dims
     if dims not in (2, 3):
         problems.append(f"data.patch has {dims} numbers: give 2 or 3, one an axis")
@@ -276,7 +301,8 @@ def combinations(config: Config) -> list[str]:
     for axis, (step, size) in enumerate(zip(config.stride, config.data.patch, strict=False)):
         if step > size:
             problems.append(
-                f"evaluation.stride[{axis}] = {step} is larger than the patch's {size}: voxels would be missed"
+                f"evaluation.stride[{axis}] = {step} is larger than the patch's {size}: voxels would be missed; "
+                "take at most that, or null for half the patch"
             )
     for axis in config.data.flip:
         if axis >= dims:
@@ -301,12 +327,12 @@ def combinations(config: Config) -> list[str]:
     return problems
 
 
-def _store(data: Data) -> list[str]:
-    if not data.remote:
+def _store(data: Data, key: str, path: str) -> list[str]:
+    if "://" not in path:
         return []
-    problems = [f"data.path {problem}" for problem in url_problems(data.path)]
+    problems = [f"{key} {problem}" for problem in url_problems(path)]
     if data.cache is None:
-        problems.append("data.cache is not set: a URL needs a folder on a disk of the node to keep shards in")
+        problems.append(f"data.cache is not set: a URL ({key}) needs a folder on a disk of the node to keep shards in")
     return problems
 
 
@@ -333,6 +359,10 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
             problems.append(
                 f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
             )
+    if "unlabelled" in streams and (left := config.lanes(world_size)[0]) < 0:
+        size = config.batch("unlabelled", world_size)
+        problems.append(f"data.batch_unlabelled = {size} is less than the {size - left} images of data.further: raise "
+                        "it, by as many as data.path is to give")  # fmt: skip
     if config.method != "ccl_mpc":
         return problems
     contrast = config.ccl_mpc.contrast

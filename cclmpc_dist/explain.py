@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -13,6 +13,7 @@ Loc = tuple[int | str, ...]  # a place in the tree of settings, as pydantic tell
 _WORDS = {
     "tuple_type": "input should be a list, as in [64, 64, 32]",
     "model_type": "input should be a section, with `key: value` lines of its own",
+    "dict_type": "input should be a section of names, each with `key: value` lines of its own",
 }
 
 
@@ -29,11 +30,18 @@ def repeated(node: yaml.Node | None, section: str = "") -> Iterator[str]:
         yield from repeated(value, f"{name}.")
 
 
+def _inside(section: Any, part: int | str) -> Any:
+    """What stands under a name in a section, or in a dictionary of sections."""
+    if get_origin(section) is dict:
+        return get_args(section)[1]
+    return section.model_fields[part].annotation
+
+
 def _fields(loc: Loc, root: type[BaseModel]) -> list[str]:
     """Names valid in the section that `loc` lies in."""
     section: Any = root
     for part in loc[:-1]:
-        section = section.model_fields[part].annotation
+        section = _inside(section, part)
     return list(section.model_fields)
 
 
@@ -45,6 +53,8 @@ def explain(item: Any, raw: dict[str, Any], root: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(loc[-1]), names, 1)
         remedy = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
         return f"{'.'.join(map(str, loc))}: unknown setting: {remedy}"
+    if loc[-1] == "[key]":  # pydantic's word for the name itself
+        return f"{'.'.join(map(str, loc[:-1]))}: a name here has letters, digits, - and _: rename it"
     setting, description = _setting(loc, root)
     key, inside = ".".join(setting), loc[len(setting) :]
     if item["type"] == "missing":
@@ -63,13 +73,15 @@ def _setting(loc: Loc, root: type[BaseModel]) -> tuple[list[str], str]:
     """The part of `loc` that names a setting, and the setting's help text; places in its value are left off."""
     section: Any = root
     names: list[str] = []
+    description = ""
     for part in loc:
+        if get_origin(section) is not dict:
+            description = section.model_fields[part].description or ""
         names.append(str(part))
-        field = section.model_fields[part]
-        section = field.annotation
-        if not hasattr(section, "model_fields"):
+        section = _inside(section, part)
+        if not hasattr(section, "model_fields") and get_origin(section) is not dict:
             break
-    return names, field.description or ""
+    return names, description
 
 
 def without(raw: dict[str, Any], locs: Sequence[Loc]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def rows(section: type[BaseModel], prefix: str) -> list[str]:
             continue
         default = "must be set" if field.is_required() else f"`{json.dumps(field.default)}`"
         lines.append(f"| `{prefix}{name}` | {words(kind)} | {default} | {field.description} |")
+        if get_origin(kind) is dict:
+            lines += rows(get_args(kind)[1], f"{prefix}{name}.NAME.")
     return lines
 
 
@@ -41,6 +43,8 @@ def words(kind: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join("unset" if choice is type(None) else words(choice) for choice in get_args(kind))
+    if get_origin(kind) is dict:
+        return "sections by name"
     if get_origin(kind) in (tuple, list):
         return f"list of {words(get_args(kind)[0])}"
     if get_origin(kind) is Annotated:

@@ -22,7 +22,7 @@ from ray.util.metrics import Gauge
 from cclmpc_dist.cli import BAD_INPUT, FAILED, PREEMPTED
 from cclmpc_dist.config import Config, load, parse
 from cclmpc_dist.data.index import select
-from cclmpc_dist.data.remote import open_corpus
+from cclmpc_dist.data.remote import open_corpora
 from cclmpc_dist.distributed import doctor, runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Corpus
@@ -88,6 +88,7 @@ def _on_workers(
                 num_workers=most if least == most else (least, most),
                 use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
                 resources_per_worker={"CPU": arguments.cpus},
+                elastic_resize_monitor_interval_s=arguments.resize_seconds,
             ),
             run_config=options,
         ).fit()
@@ -110,13 +111,19 @@ def _arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
     parser.add_argument(
+        "--resize-seconds", type=float, default=60, help="how often elastic workers look for room (default 60)"
+    )
+    parser.add_argument(
         "--max-failures", type=int, default=3, help="restarts after lost workers; -1 for any number (default 3)"
     )
     parser.add_argument(
         "--doctor", action="store_true", help="do not train: look at what training depends on, on these workers"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not arguments.resize_seconds >= 0:
+        parser.error(f"--resize-seconds {arguments.resize_seconds:g}: give 0 or more")
+    return arguments
 
 
 def _workers(text: str) -> tuple[int, int]:
@@ -132,9 +139,15 @@ def _at(storage: Path, config: Config) -> Config:
     """The configuration with absolute places: Ray gives the driver and each worker a working folder of its own."""
     if not storage.is_absolute():
         raise InputError(f"--storage {storage} is relative: give the absolute path of a folder that every node sees")
-    path = config.data.path if config.data.remote else str(storage / config.data.path)
+
+    def there(path: str) -> str:
+        return path if "://" in path else str(storage / path)
+
+    further = {
+        name: corpus.model_copy(update={"path": there(corpus.path)}) for name, corpus in config.data.further.items()
+    }
     cache = config.data.cache and str(storage / config.data.cache)
-    data = config.data.model_copy(update={"path": path, "cache": cache})
+    data = config.data.model_copy(update={"path": there(config.data.path), "further": further, "cache": cache})
     deepspeed = config.deepspeed and str(storage / config.deepspeed)
     return config.model_copy(update={"data": data, "deepspeed": deepspeed, "runs": str(storage / config.runs)})
 
@@ -144,11 +157,11 @@ def check(config: Config, workers: tuple[int, int]) -> None:
 
     An elastic run must be able to go on at any number of workers, with the same batches.
     """
-    index = open_corpus(config.data)
-    method = create(config, Corpus(index.channels, index.classes))
-    cases = select(index, config.data.labelled, config.data.select)
+    indexes = open_corpora(config.data)
+    method = create(config, Corpus(indexes[0].channels, indexes[0].classes))
+    cases = select(indexes[0], config.data.labelled, config.data.select)
     counts = range(workers[0], workers[1] + 1)
-    sizes = {tuple(_batches(setup.streams(config, index, method, cases, count))) for count in counts}
+    sizes = {tuple(_batches(setup.streams(config, indexes, method, cases, count))) for count in counts}
     if len(sizes) > 1:
         raise InputError(f"--workers {workers[0]},{workers[1]}: a batch that is not set follows the number of workers: "
                          "set data.batch_labelled and data.batch_unlabelled")  # fmt: skip
@@ -157,7 +170,7 @@ def check(config: Config, workers: tuple[int, int]) -> None:
 
 
 def _batches(streams: dict[str, Any]) -> list[int]:
-    return [stream.order.batch_size for stream in streams.values()]
+    return [stream.batch_size for stream in streams.values()]
 
 
 def work(task: dict[str, Any]) -> bool:

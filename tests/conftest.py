@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import slurm_cluster
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side
 jaxtyping.install_import_hook(["cclmpc_dist.losses", "cclmpc_dist.distributed.exchange"], "beartype.beartype")
@@ -37,3 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:
+    if lacking := slurm_cluster.missing():
+        pytest.skip(lacking)
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

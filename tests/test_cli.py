@@ -14,6 +14,7 @@ import pytest
 import toy
 import yaml
 
+import cclmpc_dist
 from cclmpc_dist import cli
 from cclmpc_dist.data import phantom, shards
 
@@ -52,6 +53,10 @@ def write(folder: Path, raw: dict) -> Path:
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+def test_version(inside: Inside) -> None:
+    assert inside("--version") == (0, f"cclmpc_dist {cclmpc_dist.__version__}\n")
 
 
 def test_from_corpus_to_report(tmp_path: Path, inside: Inside) -> None:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cclmpc_dist.data.order import Order, permutation, rank_lanes
+from cclmpc_dist.data import draws
+from cclmpc_dist.data.order import Order, permutation, rank_lanes, ranked
 from cclmpc_dist.errors import InputError
 
 
@@ -73,6 +74,14 @@ def test_permutation_is_pinned():
 
 
 PINNED = [6, 0, 3, 7, 5, 4, 1, 2]
+
+
+@pytest.mark.parametrize("alike", [0, 20, 40, 63])
+@pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 5000])
+def test_words_are_ranked_as_a_stable_sort_does(n, alike):
+    """Also where their upper bits are all that differ, or next to nothing."""
+    words = draws.philox(n, alike).random_raw(n) >> np.uint64(alike) << np.uint64(alike)
+    np.testing.assert_array_equal(ranked(words), np.argsort(words, kind="stable"))
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -155,12 +155,12 @@ def test_one_workers_wrong_input_is_not_tried_again(ray: Cluster, tmp_path: Path
 
 @pytest.mark.timeout(480)
 def test_elastic_workers_follow_the_nodes(toy_corpus: Path, tmp_path: Path) -> None:
-    """One worker, two once there is a second node (Ray looks once a minute), one again when that is lost: every step
-    is taken once, on the stream positions that its number says."""
+    """One worker, two once there is a second node, one again when that is lost: every step is taken once, on the stream
+    positions that its number says."""
     changes = {"budget__images": 120_000, "checkpoint__every_steps": 20}
     alone, together = (rf"RayTrainWorker pid=(\d+).* on {count} process" for count in (1, 2))
     with ray_cluster.cluster(cpus=1) as cluster:
-        job = Job(cluster, toy_corpus, tmp_path, "--workers", "1,2", **changes)
+        job = Job(cluster, toy_corpus, tmp_path, "--workers", "1,2", "--resize-seconds", "5", **changes)
         job.says(alone)
         assert cluster.shows(r'(?m)^ray_cclmpc_loss_total\{.*run="toy"'), "Ray's Prometheus page has the scalars"
         cluster.join(cpus=1)
@@ -186,19 +186,18 @@ def test_a_client_without_the_token_is_refused(ray: Cluster, tmp_path: Path) -> 
     assert "Authentication required" in asked.stdout + asked.stderr
 
 
-@pytest.mark.parametrize(("runs", "code"), [("runs", 0), ("file/runs", 1)])
-def test_doctor_looks_at_the_workers(runs: str, code: int, ray: Cluster, tmp_path: Path) -> None:
-    """With the command of the run; the corpus need not be there, and no run folder comes of it."""
+def test_doctor_looks_at_the_workers(ray: Cluster, tmp_path: Path) -> None:
+    """With the command of the run; the corpus need not be there, and no run folder comes of it. The folder of the runs
+    cannot be made here."""
     (tmp_path / "file").touch()
     output = tmp_path / "output"
     process = ray.submit("--doctor", "--config", "configs/la.yaml", "--storage", str(tmp_path), "--workers", "2",
-                         f"runs={runs}", output=output)  # fmt: skip
-    assert process.wait(120) == code, output.read_text()
+                         "runs=file/runs", output=output)  # fmt: skip
+    assert process.wait(120) == 1, output.read_text()
     said = output.read_text()
     assert re.search(r"OK +rendezvous +all +2 ranks on 1 machine\(s\) met", said), said
     assert re.search(r"OK +all-reduce +all", said)
-    assert ("refused to the others" in said) == (code == 0)
-    assert bool(re.search(r"failed +folder write +all .*Not a directory", said)) == (code == 1)
+    assert re.search(r"failed +folder write +all .*Not a directory", said)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", output]
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,6 @@ LAST = "checkpoints/step-000000020"
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the ray extra, which make test-cluster installs")
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if lacking := slurm_cluster.missing():
-        pytest.skip(lacking)
-    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """slurm/shard_corpus.sh on a real Slurm: parts as an array, a merge that waits for them, and on after a kill."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import slurm_cluster
 from slurm_cluster import Cluster, until
 
 from cclmpc_dist.data import phantom, shards
@@ -19,14 +17,6 @@ SCRIPT = "slurm/shard_corpus.sh"
 CASES, SIZE = 24, 72
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if lacking := slurm_cluster.missing():
-        pytest.skip(lacking)
-    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 def submit(slurm: Cluster, logs: Path, *arguments: str) -> int:

@@ -12,7 +12,8 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from cclmpc_dist.data import draws
 from cclmpc_dist.data.ahead import Course, ahead
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
-from cclmpc_dist.data.reader import Reader, copy_rows, region
+from cclmpc_dist.data.reader import Reader, applied, copy_rows, region
 from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
@@ -73,8 +74,57 @@ class Buffers:
         return np.frombuffer(memoryview(lease), dtype).reshape(shape)
 
 
-class Stream:
-    """One endless stream of crops, the labelled or the unlabelled.
+class Mixture:
+    """One endless stream of crops over one corpus or several, the labelled or the unlabelled.
+
+    parts: a stream for each corpus, with its own n, L and epoch. Their lanes lie side by side: corpus k owns the G_k
+    lanes behind those of the corpora before it, so what a lane holds at a step depends on the step alone.
+    """
+
+    def __init__(self, parts: "Sequence[Stream]") -> None:
+        self._parts, self._buffers = list(parts), Buffers()
+
+    @property
+    def parts(self) -> "list[Stream]":
+        return self._parts
+
+    @property
+    def batch_size(self) -> int:
+        """G, over all ranks and corpora."""
+        return sum(part.order.batch_size for part in self.parts)
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch of the corpus that needs the most, so that no sample of any is left out."""
+        return max(part.order.steps for part in self.parts)
+
+    def split(self, lanes: Sequence[int]) -> "list[tuple[Stream, list[int]]]":
+        """The parts that own some of these lanes, and the lanes as the part counts them."""
+        found, first = [], 0
+        for part in self.parts:
+            own = [lane - first for lane in lanes if 0 <= lane - first < part.order.batch_size]
+            found += [(part, own)] if own else []
+            first += part.order.batch_size
+        return found
+
+    def batch(self, step: int, lanes: Sequence[int]) -> Batch:
+        """The crops of some lanes, ascending, at a global step.
+
+        image: (b, C, *patch) as stored, or float32 as the network sees it where stored types differ; scale, offset,
+        low, high: (b,) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
+        int64 for draws; lane: (b,) int64; skipped: int, samples passed over. Raises InputError naming shard and case.
+        """
+        shares = self.split(lanes)
+        samples = [sample for part, own in shares for sample in part.take(step, own)]
+        batch = _joined(samples, self._buffers)
+        del samples  # they hold maps
+        for part, own in shares:
+            part.leave(step, own)
+        return batch | {"lane": torch.tensor(list(lanes))}
+
+
+class Stream(Mixture):
+    """The lanes of one corpus: a stream of its own, or a part of one.
 
     index: the corpus. name: part of every draw's key. samples: index rows, ascending. batch: G, over all
     ranks. patch: voxels an axis. oversample: share of crops centred on a foreground voxel of the index, for
@@ -96,29 +146,29 @@ class Stream:
         self.index, self.name, self.seed, self.patch = index, name, seed, tuple(patch)
         self.oversample, self.rotate, self.flip = oversample, rotate, tuple(flip)
         self.with_label, self.on_error = with_label, on_error
-        self.order = Order(samples, index["shard"][samples], batch, seed, name, block, index.identity)
-        self._reader, self._buffers = Reader(index), Buffers()
-        self._course = Course(self.order, index, depth=1)
+        super().__init__([])
+        self.order = Order(samples, index.of("shard", samples), batch, seed, name, block, index.identity)
+        self._reader, self._course = Reader(index), Course(self.order, index, depth=1)
 
-    def batch(self, step: int, lanes: Sequence[int]) -> Batch:
-        """The crops of some lanes at a global step.
+    @property
+    def parts(self) -> "list[Stream]":
+        return [self]
 
-        image: (b, C, *patch) as stored, or float32 as the network sees it where stored types differ; scale, offset,
-        low, high: (b,) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
-        int64 for draws; lane: (b,) int64; skipped: int, samples passed over. Raises InputError naming shard and case.
-        """
+    def take(self, step: int, lanes: Sequence[int]) -> "list[_Sample]":
+        """The crops of some lanes at a global step, not yet copied. Raises InputError naming shard and case."""
         epoch, t = self.order.place(step)
         places = [self.order.lane(epoch, t, lane) for lane in lanes]
-        keys = torch.tensor([draws.key(self.seed, self.name, epoch, p) for _, p in places])
-        numbers = self._numbers(keys)
-        samples = [self._read(row, epoch, t, lane) for (row, _), lane in zip(places, lanes, strict=True)]
-        crops = [self._crop(sample.row, u) for sample, u in zip(samples, numbers, strict=True)]
-        batch = self._cut(samples, crops)
-        skipped = sum(sample.passed for sample in samples)
-        del samples
+        keys = [draws.key(self.seed, self.name, epoch, p) for _, p in places]
+        numbers = self._numbers(torch.tensor(keys))
+        return [
+            self._sample(self._read(row, epoch, t, lane), key, u)
+            for (row, _), lane, key, u in zip(places, lanes, keys, numbers, strict=True)
+        ]
+
+    def leave(self, step: int, lanes: Sequence[int]) -> None:
+        """The crops of these lanes at a step are copied: the cache may let go of the shards that they leave."""
         if isinstance(self.index, RemoteIndex) and self._course.move(step + 1, lanes):
-            self._reader.keep(self._course.needed(0))  # the cache may let go of the rest
-        return batch | {"key": keys, "lane": torch.tensor(list(lanes)), "skipped": skipped}
+            self._reader.keep(self._course.needed(0))
 
     def _numbers(self, keys: Tensor) -> list[list[float]]:
         """All draws of a batch in one call: turn; flip and start of each axis; foreground or not, class, voxel."""
@@ -148,36 +198,24 @@ class Stream:
         voxels = classes[int(u[1] * len(classes))]
         return voxels[int(u[2] * len(voxels))]
 
-    def _read(self, row: int, epoch: int, t: int, lane: int) -> "_Sample":
+    def _read(self, row: int, epoch: int, t: int, lane: int) -> "_Volume":
         """The sample, or with on_error "skip" the lane's next one that can be read."""
         for passed in range(self.order.steps):
             row = self.order.lane(epoch, (t + passed) % self.order.steps, lane)[0] if passed else row
             try:
                 label = self._reader.label(row) if self.with_label else None
-                return _Sample(row, self._reader.image(row), label, passed)
+                return _Volume(row, self._reader.image(row), label, passed)
             except InputError as error:
                 if self.on_error == "fail":
                     raise InputError(f"{error}, or set data.on_error=skip") from None
                 problem = error
         raise InputError(f"no readable sample is left in lane {lane} of the {self.name} stream; the last: {problem}")
 
-    def _cut(self, samples: "list[_Sample]", crops: list[Crop]) -> Batch:
-        """Copy each crop once, from the map into the batch."""
-        mixed = len({sample.image.dtype for sample in samples}) > 1
-        dtype = np.dtype(np.float32) if mixed else samples[0].image.dtype
-        image = self._buffers.empty((len(samples), self.index.channels, *self.patch), dtype)
-        label = self._buffers.empty((len(samples), *self.patch), np.dtype(np.uint8)) if self.with_label else None
-        for i, (sample, crop) in enumerate(zip(samples, crops, strict=True)):
-            stored = self._reader.normalised(sample.row) if mixed else sample.image
-            fill = 0 if mixed else self._reader.background(sample.row)
-            copy_rows(image[i], crop.turned(region(stored, crop.start, crop.size, fill)))
-            if label is not None and sample.label is not None:
-                copy_rows(label[i], crop.turned(region(sample.label, crop.start, crop.size, 0)))
-        rows = [sample.row for sample in samples]
-        arrays = {"image": image} | ({"label": label} if label is not None else {})
-        numbers = [AS_STORED if mixed else seen(self.index, row) for row in rows]
-        arrays |= {name: np.array([of_one[name] for of_one in numbers]) for name in AS_STORED}
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+    def _sample(self, volume: "_Volume", key: int, u: list[float]) -> "_Sample":
+        row, crop = volume.row, self._crop(volume.row, u)
+        image = crop.turned(region(volume.image, crop.start, crop.size, self._reader.background(row)))
+        label = None if volume.label is None else crop.turned(region(volume.label, crop.start, crop.size, 0))
+        return _Sample(key, image, label, seen(self.index, row), volume.passed)
 
 
 def seen(index: Index, row: int) -> dict[str, np.float32]:
@@ -186,7 +224,7 @@ def seen(index: Index, row: int) -> dict[str, np.float32]:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class _Volume:
     """A sample as read: image (C, *S) as stored, label (*S), how many unreadable ones were passed over."""
 
     row: int
@@ -195,10 +233,46 @@ class _Sample:
     passed: int
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A crop as a view of what was read: image (C, *patch) as stored, label (*patch); seen: what `to_device` makes of
+    the image."""
+
+    key: int
+    image: np.ndarray
+    label: np.ndarray | None
+    seen: dict[str, np.float32]
+    passed: int
+
+    def normalised(self) -> "_Sample":
+        """With float32 values, bit for bit as `to_device` computes them."""
+        return replace(self, image=applied(self.image, **self.seen), seen=AS_STORED)
+
+
+def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
+    """Copy each crop once, from the map into the batch."""
+    if len({sample.image.dtype for sample in samples}) > 1:
+        samples = [sample.normalised() for sample in samples]
+    batch: Batch = {"image": _stacked([sample.image for sample in samples], buffers)}
+    labels = [sample.label for sample in samples if sample.label is not None]
+    batch |= {"label": _stacked(labels, buffers)} if labels else {}
+    for name in AS_STORED:
+        batch[name] = torch.from_numpy(np.array([sample.seen[name] for sample in samples]))
+    keys = torch.tensor([sample.key for sample in samples])
+    return batch | {"key": keys, "skipped": sum(sample.passed for sample in samples)}
+
+
+def _stacked(views: list[np.ndarray], buffers: Buffers) -> Tensor:
+    out = buffers.empty((len(views), *views[0].shape), views[0].dtype)
+    for row, view in zip(out, views, strict=True):
+        copy_rows(row, view)
+    return torch.from_numpy(out)
+
+
 class _Steps(Dataset):
     """A rank's batches, by step. An InputError comes as its message, so that the main process raises it as it was."""
 
-    def __init__(self, stream: Stream, lanes: range, start: int, steps: int) -> None:
+    def __init__(self, stream: Mixture, lanes: range, start: int, steps: int) -> None:
         self.stream, self.lanes, self.start, self.steps = stream, lanes, start, steps
 
     def __len__(self) -> int:
@@ -212,7 +286,7 @@ class _Steps(Dataset):
 
 
 def loader(
-    stream: Stream,
+    stream: Mixture,
     start_step: int,
     steps: int,
     rank: int = 0,
@@ -220,13 +294,14 @@ def loader(
     workers: int = 1,
     group: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of global steps start_step .. start_step + steps - 1 for one rank, in order, as Stream.batch
+    """Batches of global steps start_step .. start_step + steps - 1 for one rank, in order, as Mixture.batch
     gives them.
 
     workers: processes that read ahead; they start from a clean fork server, since forking beside torch's
     threads can hang. Raises InputError.
     """
-    lanes = rank_lanes(stream.order.batch_size, rank, world, group)
+    assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
+    lanes = rank_lanes(stream.batch_size, rank, world, group)
     # A generator of its own: the DataLoader seeds workers from the global one, which dropout needs unmoved on resume.
     batches: DataLoader = DataLoader(
         _Steps(stream, lanes, start_step, steps), batch_size=None, num_workers=workers,
@@ -234,11 +309,16 @@ def loader(
         worker_init_fn=_end_with_parent if workers else None,
         multiprocessing_context=_context() if workers else None,
     )  # fmt: skip
-    with ahead(stream.index, stream.order, lanes, start_step, start_step + steps) as move:
+    with ExitStack() as stack:
+        moves = [
+            stack.enter_context(ahead(part.index, part.order, own, start_step, start_step + steps))
+            for part, own in stream.split(lanes)
+        ]
         for next_step, batch in enumerate(batches, start_step + 1):
             if isinstance(batch, str):
                 raise InputError(batch)
-            move(next_step)
+            for move in moves:
+                move(next_step)
             yield batch
 
 

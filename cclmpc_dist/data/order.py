@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.data.draws import philox
+from cclmpc_dist.data.index import chunks
 from cclmpc_dist.data.reader import recent
 from cclmpc_dist.errors import InputError
 
@@ -25,7 +26,20 @@ EPOCHS = 2  # epochs whose shard order is kept
 
 def permutation(n: int, *parts: int | str) -> np.ndarray:
     """A permutation of n from Philox's raw words, so that it stays the same under any version of numpy."""
-    return np.argsort(philox(*parts).random_raw(n), kind="stable")
+    return ranked(philox(*parts).random_raw(n))
+
+
+def ranked(words: np.ndarray) -> np.ndarray:
+    """The stable order of random 64-bit words, int64.
+
+    A sort of the words alone, with their places in the lowest bits, takes a fifth of the stable sort's time. It is the
+    same order unless two words are alike in all other bits, which for few words is next to never.
+    """
+    low = np.uint64((1 << len(words).bit_length()) - 1)
+    packed = (words & ~low) | np.arange(len(words), dtype=np.uint64)
+    packed.sort()
+    alike = (packed[1:] ^ packed[:-1]) <= low
+    return np.argsort(words, kind="stable") if alike.any() else (packed & low).astype(np.int64)
 
 
 def rank_lanes(batch: int, rank: int, world: int, group: int = 1) -> range:
@@ -41,8 +55,8 @@ class Order:
     """The order of one stream.
 
     samples: index rows, ascending. shard_of_sample: their shards, which may not fall. batch: G. block: shards
-    shuffled together. corpus: identity of the index, kept in the state. Memory is the two arrays and a few
-    blocks.
+    shuffled together. corpus: identity of the index, kept in the state. Memory is the samples, two numbers a
+    shard and a few blocks.
     """
 
     def __init__(
@@ -51,13 +65,13 @@ class Order:
     ) -> None:  # fmt: skip
         if not len(samples):
             raise InputError(f"the {stream} stream holds no samples: shard more cases, or change data.labelled")
-        assert (np.diff(shard_of_sample) >= 0).all(), "samples must lie in the order of their shards"
+        assert (shard_of_sample[1:] >= shard_of_sample[:-1]).all(), "samples must lie in the order of their shards"
         self.samples = samples
         self.n, self.batch_size, self.seed, self.stream, self.block = len(samples), batch, seed, stream, block
         self.steps = -(-self.n // batch)
         self.corpus = corpus
-        self.selection = hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()
-        self._first = np.concatenate([[0], np.flatnonzero(np.diff(shard_of_sample)) + 1])
+        self.selection = _digest(samples)
+        self._first = np.concatenate([[0], np.flatnonzero(shard_of_sample[1:] != shard_of_sample[:-1]) + 1])
         self._count = np.diff(self._first, append=self.n)
         self._layouts: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -146,6 +160,13 @@ class Order:
             return members[permutation(len(members), self.seed, self.stream, "block", epoch, number)]
 
         return recent(self._blocks, (epoch, number), make, 2 * self.batch_size + 2)
+
+
+def _digest(samples: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for rows in chunks(len(samples)):
+        digest.update(samples[rows].astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _short(value: object) -> str:

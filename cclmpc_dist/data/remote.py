@@ -1,4 +1,4 @@
-"""A corpus that lies on a web server or in an object store: its manifest is read, its index and shards are cached."""
+"""Corpora that lie on a web server or in an object store: a manifest is read, index and shards are cached."""
 
 import threading
 import weakref
@@ -22,9 +22,21 @@ NOW = "what is needed now is there or an error"
 
 def open_corpus(data: Data) -> Index:
     """The index of `data.path`, a folder or a URL. Raises InputError."""
-    if not data.remote:
-        return Index.open(data.path)
-    index = _opened(Url(data.path), Path(str(data.cache)), int(data.cache_gib * GIB))
+    return open_corpora(data.model_copy(update={"further": {}}))[0]
+
+
+def open_corpora(data: Data) -> list[Index]:
+    """The index of `data.path`, then those of `data.further` by name; what is remote shares a cache. Raises
+    InputError."""
+    cache = Cache(str(data.cache), int(data.cache_gib * GIB)) if data.remote else None
+    return [_checked(path, cache) for path in data.paths.values()]
+
+
+def _checked(path: str, cache: Cache | None) -> Index:
+    if "://" not in path:
+        return Index.open(path)
+    assert cache is not None, "a URL has a cache"
+    index = _opened(Url(path), cache)
     _refuse(index)
     return index
 
@@ -42,7 +54,7 @@ def visited(path: str, cache: Path | None, limit: int, check: bool) -> Iterator[
     if problems:
         raise InputError(f"the URL {problems[0]}")
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="cclmpc-") as folder:
-        index = _opened(Url(path), Path(folder), limit)
+        index = _opened(Url(path), Cache(folder, limit))
         if check:
             _refuse(index)
         yield index
@@ -54,10 +66,10 @@ def _refuse(index: Index) -> None:
         raise InputError(problems[0])
 
 
-def _opened(url: Url, cache: Path, limit: int) -> "RemoteIndex":
+def _opened(url: Url, cache: Cache) -> "RemoteIndex":
     source = store.source(url)
     manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
-    return RemoteIndex(url, manifest, store.size(source, url, INDEX), cache, limit)
+    return RemoteIndex(url, manifest, store.size(source, url, INDEX), cache)
 
 
 class RemoteIndex(Index):
@@ -65,8 +77,8 @@ class RemoteIndex(Index):
 
     where = "fetched when they are needed"
 
-    def __init__(self, url: Url, manifest: dict[str, Any], index_bytes: int, folder: Path, limit: int) -> None:
-        self._source, self.cache = store.source(url), Cache(folder, limit)
+    def __init__(self, url: Url, manifest: dict[str, Any], index_bytes: int, cache: Cache) -> None:
+        self._source, self.cache = store.source(url), cache
         self._index_bytes = index_bytes
         blob = Blob(url, INDEX, index_bytes, manifest["index_sha256"])
         file = self.cache.open(self._source, blob)
@@ -75,7 +87,7 @@ class RemoteIndex(Index):
         super().__init__(url, manifest, self.cache.path(blob))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteIndex, (self.path, self.manifest, self._index_bytes, self.cache.folder, self.cache.limit)
+        return RemoteIndex, (self.path, self.manifest, self._index_bytes, self.cache)
 
     def problems(self) -> list[str]:
         """Those of the index; shards are looked at when they come."""

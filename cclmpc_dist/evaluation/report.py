@@ -95,7 +95,7 @@ def _settings(config: settings.Config) -> dict[str, Any]:
     chosen = f"the first {labelled}" if isinstance(labelled, int) else f"{len(labelled or ())}, by key"
     return {
         "Method": config.method,
-        "Corpus": config.data.path,
+        "Corpus": ", ".join(config.data.paths.values()),
         "Labelled cases": "as the shards say" if labelled is None else chosen,
         "Patch": _size(config.data.patch),
         "Budget": f"{images} images" if images else f"{config.budget.epochs} epochs",

@@ -24,7 +24,7 @@ def rehearse(config: Config) -> None:
     accelerator = strategy.start(config)
     try:
         trainer = Trainer(config, accelerator)
-        _corpus(trainer)
+        _corpora(trainer)
         trainer.build()
         trainer.describe()
         _estimate(trainer)
@@ -35,13 +35,14 @@ def rehearse(config: Config) -> None:
         runtime.stop()
 
 
-def _corpus(trainer: Trainer) -> None:
-    """The corpus, and what the folder holds already."""
-    say, index, folder = trainer.monitor.say, trainer.index, trainer.config.folder
-    shards = index.manifest["shards"]
-    size = sum(shard["bytes"] for shard in shards) / MIB
-    say(f"{index.path}: {len(index)} cases in {len(shards)} shards, {size:.0f} MiB, {index.where}; "
-        f"index {index.identity[:12]} as in its manifest")  # fmt: skip
+def _corpora(trainer: Trainer) -> None:
+    """The corpora, and what the folder holds already."""
+    say, folder = trainer.monitor.say, trainer.config.folder
+    for index in trainer.indexes:
+        shards = index.manifest["shards"]
+        size = sum(shard["bytes"] for shard in shards) / MIB
+        say(f"{index.path}: {len(index)} cases in {len(shards)} shards, {size:.0f} MiB, {index.where}; "
+            f"index {index.identity[:12]} as in its manifest")  # fmt: skip
     at = run.newest(folder)
     if at >= 0:
         say(f"{folder}: has a checkpoint of step {at}, from which training would go on; this step starts anew")

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from cclmpc_dist.training.checkpoint import complete_steps, read_state
 # Settings that may change between the parts of a run: they are no part of what is optimised.
 FREE = ("log_every", "hang_seconds", "checkpoint", "evaluation", "runs", "data.path", "data.cache", "data.cache_gib",
         "data.workers", "data.on_error", "deepspeed", "ccl_mpc.contrast.exchange", "ccl_mpc.contrast.tile")  # fmt: skip
+FREE_OF_FURTHER = re.compile(r"data\.further\.[^.]+\.path")
 VERSIONED = ("torch", "accelerate", "numpy", "webdataset", "safetensors", "h5py", "scipy", "deepspeed")
 
 
@@ -131,4 +133,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    named = FREE_OF_FURTHER.fullmatch(key) is not None
+    return named or any(key == free or key.startswith(f"{free}.") for free in FREE)

@@ -1,56 +1,111 @@
 """What a run trains on: its streams, and how many steps its budget is."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cclmpc_dist.config import Config, check_world
 from cclmpc_dist.data.ahead import blocks
-from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import Stream
+from cclmpc_dist.data.index import Index, chunks, training
+from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.remote import GIB, RemoteIndex
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Method
 from cclmpc_dist.training.schedule import total_steps
 
+Part = tuple[str, Index, np.ndarray, int]  # name, corpus, samples, lanes
+
 
 def streams(
-    config: Config, index: Index, method: Method, cases: dict[str, np.ndarray], world_size: int
-) -> dict[str, Stream]:
-    """The streams of all the method's phases. Raises InputError with every way in which the settings do not fit."""
+    config: Config, indexes: Sequence[Index], method: Method, cases: dict[str, np.ndarray], world_size: int
+) -> dict[str, Mixture]:
+    """The streams of all the method's phases. indexes: as open_corpora gives them; cases: as select does, of the first.
+
+    Raises InputError with every way in which the settings do not fit.
+    """
     names = list({name: None for phase in method.phases for name in phase.streams})
-    problems = check_world(config, names, world_size) + _misfits(config, index)
+    parts = {name: _parts(config, indexes, cases, name, world_size) for name in names}
+    problems = check_world(config, names, world_size) + _misfits(config, indexes)
     problems += [
-        f"{config.data.path} leaves no case for the {name} stream: change data.labelled or method"
-        for name in names
-        if not len(cases[name])
+        f"{index.path} leaves no case for the {part} stream: {_remedy(config, part)}"
+        for found in parts.values()
+        for part, index, rows, lanes in found
+        if not len(rows) and lanes > 0
     ]
     if problems:
         raise InputError("\n".join(problems))
     return {
-        name: Stream(
-            index,
-            name,
-            cases[name],
-            config.batch(name, world_size),
-            config.seed,
-            config.data.patch,
-            block=config.data.block,
-            oversample=config.data.oversample_foreground if name == "labelled" else 0.0,
-            rotate=config.data.rotate,
-            flip=config.data.flip,
-            with_label=name == "labelled",
-            on_error=config.data.on_error,
-        )
-        for name in names
+        name: Mixture([_stream(config, part, index, rows, lanes) for part, index, rows, lanes in found if lanes])
+        for name, found in parts.items()
     }
 
 
-def _misfits(config: Config, index: Index) -> list[str]:
-    path, patch = config.data.path, list(config.data.patch)
+def _parts(
+    config: Config, indexes: Sequence[Index], cases: dict[str, np.ndarray], name: str, world_size: int
+) -> list[Part]:
+    if name == "labelled":
+        return [(name, indexes[0], cases[name], config.batch(name, world_size))]
+    own, *lanes = config.lanes(world_size)
+    further = zip(sorted(config.data.further), indexes[1:], lanes, strict=True)
+    others = [(f"{name}.{corpus}", index, training(index), size) for corpus, index, size in further]
+    return [(name, indexes[0], cases[name], own), *others]
+
+
+def _remedy(config: Config, part: str) -> str:
+    if part == "unlabelled" and config.data.further:
+        return "change data.labelled, or lower data.batch_unlabelled to the images of data.further"
+    return "leave it out of data.further" if "." in part else "change data.labelled or method"
+
+
+def _stream(config: Config, name: str, index: Index, rows: np.ndarray, lanes: int) -> Stream:
+    data = config.data
+    return Stream(
+        index,
+        name,
+        rows,
+        lanes,
+        config.seed,
+        data.patch,
+        block=data.block,
+        oversample=data.oversample_foreground if name == "labelled" else 0.0,
+        rotate=data.rotate,
+        flip=data.flip,
+        with_label=name == "labelled",
+        on_error=data.on_error,
+    )
+
+
+def _misfits(config: Config, indexes: Sequence[Index]) -> list[str]:
+    first, *others = indexes
+    found = _against_patch(config, first)
+    for index in others:
+        found += _differences(first, index) or _against_patch(config, index)
+    return found
+
+
+def _differences(first: Index, other: Index) -> list[str]:
+    """Why one network cannot learn from both."""
+    pair, remedy = f"{other.path} and {first.path}", "or leave it out of data.further"
+    if other.identity == first.identity:
+        return [f"{pair} are the same corpus, whose labelled cases would be unlabelled too: give another, {remedy}"]
+    numbers = {"axes": (other.dims, first.dims), "channels": (other.channels, first.channels)}
+    if other.manifest["counts"]["with_label"]:  # without labels the number says nothing
+        numbers["classes"] = other.classes, first.classes
+    return [
+        f"{pair} have {theirs} and {ours} {what}: shard one of them again to match, {remedy}"
+        for what, (theirs, ours) in numbers.items()
+        if theirs != ours
+    ]
+
+
+def _against_patch(config: Config, index: Index) -> list[str]:
+    patch = list(config.data.patch)
     if config.dims != index.dims:
-        return [f"data.patch has {config.dims} numbers and {path} {index.dims} axes: give one an axis"]
-    if (index["shape"][:, 1:] < np.array(patch)).any(1).all():
-        return [f"data.patch = {patch} is larger than every volume of {path}: take a smaller one"]
-    return []
+        return [f"data.patch has {config.dims} numbers and {index.path} {index.dims} axes: give one an axis"]
+    shapes = (index["shape"][rows, 1:] for rows in chunks(len(index)))  # the first ones tell, as a rule
+    if any((shape >= np.array(patch)).all(1).any() for shape in shapes):
+        return []
+    return [f"data.patch = {patch} is larger than every volume of {index.path}: take a smaller one"]
 
 
 def label_notes(config: Config, index: Index, cases: dict[str, np.ndarray]) -> list[str]:
@@ -65,18 +120,19 @@ def label_notes(config: Config, index: Index, cases: dict[str, np.ndarray]) -> l
             f"(--labelled {given}): the configuration holds"]  # fmt: skip
 
 
-def cache_notes(config: Config, index: Index, streams: dict[str, Stream]) -> list[str]:
-    """What the run needs of data.cache, where the corpus is remote."""
-    if not isinstance(index, RemoteIndex):
+def cache_notes(config: Config, streams: dict[str, Mixture]) -> list[str]:
+    """What the run needs of data.cache, where a corpus is remote."""
+    parts = [part for stream in streams.values() for part in stream.parts if isinstance(part.index, RemoteIndex)]
+    if not parts:
         return []
-    used, limit = sum(blocks(index, stream.order) for stream in streams.values()) / GIB, config.data.cache_gib
+    used, limit = sum(blocks(part.index, part.order) for part in parts) / GIB, config.data.cache_gib
     note = f"data.cache: {config.data.cache}, {limit:g} GiB; the blocks in use take up to {used:.2g} GiB over all ranks"
     few = [f"warning: {note}: next to nothing is fetched ahead: raise data.cache_gib, or in a new run lower data.block"]
     return few if used > limit else [note]
 
 
-def steps_of_phases(config: Config, method: Method, streams: dict[str, Stream]) -> list[int]:
+def steps_of_phases(config: Config, method: Method, streams: dict[str, Mixture]) -> list[int]:
     """T of each phase: its share of the budget in optimiser steps, at least 1."""
-    batches = {name: stream.order.batch_size for name, stream in streams.items()}
-    whole = total_steps(config, batches, {name: stream.order.steps for name, stream in streams.items()})
+    batches = {name: stream.batch_size for name, stream in streams.items()}
+    whole = total_steps(config, batches, {name: stream.steps for name, stream in streams.items()})
     return [max(1, round(phase.share * whole)) for phase in method.phases]

@@ -65,7 +65,11 @@ def save(trainer: "Trainer") -> None:
         "phase_step": trainer.step,
         "skipped": trainer.skipped,
         "best": trainer.best,
-        "streams": {name: stream.order.state(trainer.positions[name]) for name, stream in trainer.streams.items()},
+        "streams": {
+            part.name: part.order.state(trainer.positions[name])
+            for name, stream in trainer.streams.items()
+            for part in stream.parts
+        },
         "optimizer": values,
         "config": trainer.config.model_dump(mode="json"),
     }
@@ -80,7 +84,7 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
     """
     folder = trainer.checkpoints.folder
     for name, stream in trainer.streams.items():
-        trainer.positions[name] = stream.order.position(state["streams"][name])
+        (trainer.positions[name],) = {part.order.position(state["streams"][part.name]) for part in stream.parts}
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
     trainer.best, trainer.checkpoints.seconds = state["best"], state.get("save_seconds")
     trainer.strategy.load(checkpoint.read_group(folder, step, "model"))

@@ -18,7 +18,7 @@ from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import loader, to_device
-from cclmpc_dist.data.remote import open_corpus
+from cclmpc_dist.data.remote import open_corpora
 from cclmpc_dist.data.store import PATIENCE
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
@@ -64,11 +64,12 @@ class Trainer:
         self.listener = listener
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world_size()
-        self.index = open_corpus(config.data)
+        self.indexes = open_corpora(config.data)
+        self.index = self.indexes[0]  # of data.path: validation is on its cases
         self.method = create(config, Corpus(self.index.channels, self.index.classes))
         self.cases = select(self.index, config.data.labelled, config.data.select)
-        self.streams = setup.streams(config, self.index, self.method, self.cases, self.world)
-        self.batches = {name: stream.order.batch_size for name, stream in self.streams.items()}
+        self.streams = setup.streams(config, self.indexes, self.method, self.cases, self.world)
+        self.batches = {name: stream.batch_size for name, stream in self.streams.items()}
         self.totals = setup.steps_of_phases(config, self.method, self.streams)
         self.total = sum(self.totals)
         self.phase, self.step, self.done, self.skipped, self.in_a_row = 0, 0, 0, 0, 0
@@ -155,12 +156,12 @@ class Trainer:
         say = self.monitor.say
         say(f"{self.config.method}, {self.total} steps on {self.world} process(es), {self.device.type}, "
             f"precision {self.config.precision}, {self.size:,} parameters")  # fmt: skip
-        for name, stream in self.streams.items():
-            order = stream.order
-            say(f"{name}: {len(self.cases[name])} cases, {self.batches[name]} a microbatch over all ranks, "
+        for part in [part for stream in self.streams.values() for part in stream.parts]:
+            order = part.order
+            say(f"{part.name}: {order.n} cases, {order.batch_size} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
         notes = setup.label_notes(self.config, self.index, self.cases)
-        for line in notes + setup.cache_notes(self.config, self.index, self.streams) + self.method.notes():
+        for line in notes + setup.cache_notes(self.config, self.streams) + self.method.notes():
             say(line)
 
     def _check_grace(self) -> None:
@@ -321,7 +322,8 @@ class Trainer:
             values["perf/save_seconds"] = self.checkpoints.seconds
             self._check_grace()
         for name in self._phase.streams:
-            values[f"data/{name}_epoch"] = self.positions[name] / self.streams[name].order.steps
+            for part in self.streams[name].parts:
+                values[f"data/{part.name}_epoch"] = self.positions[name] / part.order.steps
         late = ""
         if self.world > 1:
             own = runtime.gather_json([statistics.median(window.own), socket.gethostname()], self.device)
