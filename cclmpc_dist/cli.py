@@ -146,12 +146,20 @@ def merge(out: Annotated[Path, typer.Argument(help="folder into which every part
     _sharded(out, room.merge(out).manifest)
 
 
+Shards = Annotated[str, typer.Argument(help="folder of shards, or its URL: http://, https:// or s3://")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="folder that keeps what a URL gives, as data.cache; unset: a temporary one"),
+]
+CacheGib = Annotated[float, typer.Option(min=0, help="size of --cache, as data.cache_gib")]
+
+
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> None:
-    """Read every byte of a shard folder and compare it with the index."""
+def verify(path: Shards, cache: CacheFolder = None, cache_gib: CacheGib = 32) -> None:
+    """Read every byte of a corpus and compare it with the index."""
     from cclmpc_dist.data import verify as room
 
-    problems = room.verify(path)
+    problems = room.verify(path, cache, _bytes(cache_gib) if cache else 0)
     if problems:
         raise InputError("\n".join(problems))
     print(f"{path}: every shard is as it was written")
@@ -159,17 +167,31 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of shards")]) -> No
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="folder of shards")],
+    path: Shards,
+    cases: Annotated[bool, typer.Option("--cases", help="a line a case, from the index alone, and no summary")] = False,
     sheet: Annotated[Path | None, typer.Option(help="PNG to write: a plane of up to 18 cases with its label")] = None,
+    cache: CacheFolder = None,
+    cache_gib: CacheGib = 32,
 ) -> None:
-    """Say what a shard folder holds, as JSON: counts, sizes, spacing, intensities, classes."""
+    """Say what a corpus holds, as JSON, an entry a line: counts, sizes, spacing, intensities, classes."""
     from cclmpc_dist.data import verify as room
+    from cclmpc_dist.data.remote import visited
 
-    print(json.dumps(room.inspect(path), indent=1))
-    if sheet is not None:
-        from cclmpc_dist.evaluation import pictures
+    with visited(path, cache, _bytes(cache_gib) if cache else sys.maxsize, check=True) as index:
+        if cases:
+            for case in room.cases(index):
+                print(json.dumps(case))
+        else:
+            entries = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in room.inspect(index).items()]
+            print("{", ",\n".join(entries), "}", sep="\n")
+        if sheet is not None:
+            from cclmpc_dist.evaluation import pictures
 
-        sheet.write_bytes(pictures.sheet(room.sheet(path)))
+            sheet.write_bytes(pictures.sheet(room.sheet(index)))
+
+
+def _bytes(gib: float) -> int:
+    return int(gib * (1 << 30))
 
 
 @app.command()
@@ -233,9 +255,9 @@ def evaluate(
     from cclmpc_dist.evaluation import held_out
 
     try:
-        rows, _ = held_out.evaluate_run(run, checkpoint, split, overrides or [], _say)
+        rows, meta = held_out.evaluate_run(run, checkpoint, split, overrides or [], _say)
         if runtime.rank() == 0:
-            _table(rows)
+            _table(rows, meta.unit)
             print(f"per case: {run / 'eval' / 'cases.csv'}")
     finally:
         runtime.stop()
@@ -271,18 +293,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
+def _table(rows: list[dict[str, Any]], unit: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cclmpc_dist.evaluation.metrics import METRICS, summary
+    from cclmpc_dist.evaluation.metrics import metrics_in, summary
 
-    titles = {metric.column: (metric.title, metric.unit) for metric in METRICS}
+    metrics = metrics_in(unit)
     table = Table("class", "metric", "unit", "mean", "SD", "95 % interval", "cases", "undefined")
     for entry in summary(rows):
         interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
         numbers = f"{entry['mean']:.4f}", f"{entry['sd']:.4f}", interval, str(entry["n"]), str(entry["n_excluded"])
-        table.add_row(str(entry["class"]), *titles[entry["metric"]], *numbers)
+        metric = metrics[entry["metric"]]
+        table.add_row(str(entry["class"]), metric.title, metric.unit, *numbers)
     Console(width=110).print(table)
 
 

@@ -328,19 +328,24 @@ def combinations(config: Config) -> list[str]:
 
 
 def _store(data: Data, key: str, path: str) -> list[str]:
-    """What is wrong with a URL, without telling it: it may hold a password."""
-    scheme, separator, rest = path.partition("://")
-    if not separator:
+    if "://" not in path:
         return []
-    problems = []
-    host = rest.partition("/")[0]
-    if scheme not in ("http", "https", "s3") or not host:
-        problems.append(f"{key} is no URL that is known: give a folder, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER")
-    if set("@?#") & set(rest):
-        problems.append(f"{key} holds @, ? or #, as URLs with a password do, and config.yaml would keep it: leave "
-                        "it out, and give credentials in the environment (docs/stores.md)")  # fmt: skip
+    problems = [f"{key} {problem}" for problem in url_problems(path)]
     if data.cache is None:
         problems.append(f"data.cache is not set: a URL ({key}) needs a folder on a disk of the node to keep shards in")
+    return problems
+
+
+def url_problems(url: str) -> list[str]:
+    """What is wrong with a corpus's URL, without telling it: it may hold a password."""
+    problems = []
+    scheme, _, rest = url.partition("://")
+    host = rest.partition("/")[0]
+    if scheme not in ("http", "https", "s3") or not host:
+        problems.append("is no URL that is known: give a folder, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER")
+    if set("@?#") & set(rest):
+        problems.append("holds @, ? or #, as URLs with a password do, which logs and config.yaml would keep: leave it "
+                        "out, and give credentials in the environment (docs/stores.md)")  # fmt: skip
     return problems
 
 

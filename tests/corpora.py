@@ -1,14 +1,17 @@
 """Small corpora for the data tests."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from cclmpc_dist.data import index, shards
+from cclmpc_dist.data import shards
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats.h5 import LA_FILE
+from cclmpc_dist.data.index import INDEX, MANIFEST, Index, sha256
 
 
 def numbered(
@@ -29,7 +32,7 @@ def numbered(
     return cases
 
 
-def write(out: Path, cases: Sequence[Case], **options: object) -> index.Index:
+def write(out: Path, cases: Sequence[Case], **options: object) -> Index:
     return shards.write(cases, out, **({"source": "test", "shard_bytes": 12000} | options))
 
 
@@ -45,3 +48,30 @@ def write_h5(folder: Path, key: str, **arrays: np.ndarray) -> Path:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def told(index: Index, **entries: object) -> None:
+    """Change entries of a manifest on disk."""
+    file = index.path / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def rewrite(index: Index, **columns: np.ndarray | None) -> None:
+    """Change columns of an index on disk, hashes and all; None takes one away."""
+    arrays = load_file(index.path / INDEX) | columns
+    save_file({name: values for name, values in arrays.items() if values is not None}, index.path / INDEX)
+    told(index, index_sha256=sha256(index.path / INDEX))
+
+
+def rehash(index: Index, shard: int) -> None:
+    """Make the manifest agree with a shard that was changed."""
+    shards = json.loads((index.path / MANIFEST).read_text())["shards"]
+    shards[shard]["sha256"] = sha256(index.shard_path(shard))
+    told(index, shards=shards)
+
+
+def patch(path: Path, at: int, data: bytes) -> None:
+    """Overwrite bytes of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)

@@ -1,17 +1,22 @@
-"""A web server of one folder with faults: python tests/fault_server.py FOLDER PORT.
+"""A web server of one folder with faults: python tests/fault_server.py FOLDER PORT [UPSTREAM].
 
-FOLDER/faults.json gives for a file's name the faults of its next GETs, one a request: "500", "404", "cut" (the body
-ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved" (to
-the same file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name,
+FOLDER/faults.json gives for a file's name the faults of its next GETs, one a request: "500", "503", "404", "cut" (the
+body ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved"
+(to the same file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name,
 first byte, fault or ok, with +key where the request brought an Authorization.
+
+With UPSTREAM, the HOST:PORT of an S3 server, all is asked of that one, and only the faults are made here; what is
+written goes there directly.
 """
 
+import http.client
 import json
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 FAULTS, REQUESTS = "faults.json", "requests"
 lock = threading.Lock()
@@ -19,6 +24,7 @@ lock = threading.Lock()
 
 class Handler(BaseHTTPRequestHandler):
     folder: Path
+    upstream = ""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -27,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self._serve("")
 
     def do_GET(self) -> None:
-        name = Path(self.path).name
+        name = Path(urlsplit(self.path).path).name
         with lock:
             file = self.folder / FAULTS
             faults = json.loads(file.read_text()) if file.exists() else {}
@@ -40,11 +46,33 @@ class Handler(BaseHTTPRequestHandler):
         self._serve(fault)
 
     def _start(self) -> int:
-        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+
+    def _pass_on(self, fault: str) -> None:
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        connection = http.client.HTTPConnection(self.upstream)
+        connection.request(self.command, self.path, headers=dict(self.headers))  # its Host too, which is signed
+        answer = connection.getresponse()
+        data = bytearray(answer.read())
+        if fault == "slow":
+            time.sleep(0.5)
+        if fault == "wrong":
+            data[-1] ^= 1
+        self.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
     def _serve(self, fault: str) -> None:
+        if self.upstream:
+            self._pass_on(fault)
+            return
         file = self.folder / Path(self.path).name
-        if fault in ("404", "500") or not file.is_file():
+        if fault.isdigit() or not file.is_file():
             self.send_error(int(fault or 404))
             return
         if fault == "moved":
@@ -68,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    Handler.folder = Path(sys.argv[1])
+    Handler.folder, Handler.upstream = Path(sys.argv[1]), "".join(sys.argv[3:])
     with ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler) as server:
         print(server.server_address[1], flush=True)
         server.serve_forever()

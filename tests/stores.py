@@ -34,10 +34,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def fault_server(folder: Path, port: int = 0, after: float = 0) -> Iterator[str]:
-    """The URL of a folder on tests/fault_server.py; with a port it may start `after` some seconds."""
+def fault_server(folder: Path, port: int = 0, after: float = 0, upstream: str = "") -> Iterator[str]:
+    """The URL of a folder on tests/fault_server.py; with a port it may start `after` some seconds. upstream: the S3
+    server that it stands before."""
     command = ["sh", "-c", 'sleep "$1"; shift; exec "$@"', "sh", str(after)]
-    command += [sys.executable, HERE / "fault_server.py", folder, str(port)]
+    command += [sys.executable, HERE / "fault_server.py", folder, str(port), *([upstream] if upstream else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -86,6 +87,32 @@ def wait_for(port: int, server: subprocess.Popen) -> None:
                 return
         time.sleep(0.05)
     raise AssertionError(f"nothing listens on port {port}")
+
+
+SECRET = {"AWS_ACCESS_KEY_ID": "AKIAUSER", "AWS_SECRET_ACCESS_KEY": "s3cret/Key", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def moto(log: Path) -> Iterator[str]:
+    """HOST:PORT of a server of the S3 protocol. It takes any credentials until its /moto-api/reset-auth is called."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+        try:
+            wait_for(port, server)
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+def uploaded(folder: Path, endpoint: str | None = None) -> str:
+    """The URL of a copy in a bucket of the S3 server there; unset: the one that the environment names."""
+    import fsspec
+
+    files = fsspec.filesystem("s3", skip_instance_cache=True, endpoint_url=endpoint)
+    files.mkdir("bucket")
+    files.put(str(folder), "bucket/corpus", recursive=True)
+    return "s3://bucket/corpus"
 
 
 def opened(path: str | Path, cache: Path | None = None, size: int = GIB) -> Index:

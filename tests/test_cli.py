@@ -16,6 +16,7 @@ import yaml
 
 import cclmpc_dist
 from cclmpc_dist import cli
+from cclmpc_dist.data import phantom, shards
 
 Inside = Callable[..., tuple[int, str]]
 
@@ -162,6 +163,29 @@ def test_evaluation_of_another_network_is_refused(override: str, small_run: Path
     assert code == 2, printed
     assert "leave" in printed
     assert "Traceback" not in printed
+
+
+def test_cases_without_labels_are_not_scored(small_run: Path, tmp_path: Path, inside: Inside) -> None:
+    cases = [handle.read() for handle in phantom.cases(4, 0, 40)]
+    for case in cases[2:]:
+        case.label = None
+    shards.write(cases, tmp_path / "other", source="phantom", val_last=2)
+    code, printed = inside("eval", small_run, f"data.path={tmp_path / 'other'}", "data.labelled=2")
+    assert code == 2
+    assert "no case of the val split has a label to score against: shard it with its labels" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_configuration_that_overrules_the_shards_says_so(toy_corpus: Path, tmp_path: Path, inside: Inside) -> None:
+    """toy_corpus is sharded with --labelled 4."""
+    config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=6))
+    said = "labelled: data.labelled takes {} cases, the shards say 4 (--labelled 4): the configuration holds"
+    others = json.dumps([f"phantom-000{number}" for number in range(4, 8)])
+    for labelled, takes in (("6", "6"), (others, "4 other"), ("4", ""), ("null", "")):
+        code, printed = inside("train", config, "--dry-run", f"data.labelled={labelled}")
+        assert code == 0, printed
+        assert (said.format(takes) in printed) == bool(takes)
+        assert ("the shards say" in printed) == bool(takes)
 
 
 @pytest.fixture(scope="module")

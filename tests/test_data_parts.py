@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from corpora import numbered, tree, write, write_h5
+from corpora import numbered, told, tree, write, write_h5
 from stalled import build
 
 from cclmpc_dist import cli
@@ -218,7 +218,7 @@ def _duplicate(out: Path) -> None:
     [
         (_missing, r"part 2/3 is missing: run `cclmpc shard` with --part 2/3"),
         (_unfinished, r"part 2/3 is not finished: run"),
-        (_other_settings, r"0002-of-0003\.json: made with labelled = 5, not 3 as 0001-of-0003"),
+        (_other_settings, r"0002-of-0003\.json: made with --labelled 5, not --labelled 3 as 0001-of-0003"),
         (_torn_record, r"0002-of-0003\.json: torn or edited: shard part 2/3 again"),
         (_torn_piece, r"shard-0002-000000\.rows: missing or torn: shard part 2/3 again"),
         (_no_shard, r"shard-0002-000000\.tar: missing or truncated"),
@@ -251,17 +251,18 @@ def test_nothing_to_merge(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"compress": "zstd"}, "compress = none, not zstd"),
-        ({"parts": 4}, "parts = 3, not 4"),
-        ({"shard_bytes": 9000}, "shard_bytes = 12000, not 9000"),
+        ({"compress": "zstd"}, "--compress none, not --compress zstd"),
+        ({"parts": 4}, "--part I/3, not --part I/4"),
+        ({"shard_bytes": 9 << 20}, "--shard-mib 0.0114441, not --shard-mib 9"),
+        ({"options": "label_suffix=_seg"}, "no option of the format, not --label-suffix=_seg"),
     ],
 )
 def test_a_part_of_another_build_is_refused_at_once(changes: dict, said: str, parted: Path) -> None:
     before = tree(parted)
     with pytest.raises(InputError) as error:
         shards.write_part(numbered(10), parted, settings(**changes), 2)
-    one_line(error, "begun with", said, "remove the folder")
-    with pytest.raises(InputError, match="begun with cases = 10, not 9"):
+    one_line(error, "begun with", said, "or another --out")
+    with pytest.raises(InputError, match="begun with 10 cases, not 9 cases"):
         shards.write_part(numbered(9), parted, settings(), 2)
     assert tree(parted) == before
 
@@ -390,9 +391,16 @@ def test_a_finished_corpus_is_left_alone(parted: Path) -> None:
     before = tree(parted)
     assert shards.write_part(numbered(10), parted, settings(), 2) is None
     merge(parted)
-    with pytest.raises(InputError, match=r"holds a corpus made with val_last = 2, not 1: remove it"):
+    kept = "holds a finished corpus made with {}, and is left as it is: give another --out{}$"
+    with pytest.raises(InputError, match=kept.format("--val-last 2, not --val-last 1", "")):
         shards.write_part(numbered(10), parted, settings(val_last=1), 2)
+    instead = ", or set data.labelled for the run, which needs no new shards"
+    with pytest.raises(InputError, match=kept.format("--labelled 3, not no --labelled", instead)):
+        shards.write_part(numbered(10), parted, settings(labelled=None), 2)
     assert tree(parted) == before
+    told(Index.open(parted), settings={})
+    with pytest.raises(InputError, match=kept.format("settings that it does not tell", "")):
+        shards.write_part(numbered(10), parted, settings(), 2)
 
 
 def test_labels_beyond_lowered_classes_are_found_again(tmp_path: Path) -> None:

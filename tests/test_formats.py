@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -254,23 +255,28 @@ def test_acdc_volumes_end_in_the_slice_axis(tmp_path: Path) -> None:
     assert case.label.shape == (4, 5, 3)
 
 
-def test_a_window_is_clipped_and_scaled_to_one() -> None:
+def test_a_window_becomes_zero_to_one() -> None:
     image = np.array([[-1000, -160, 40, 240, 3000]], np.int16)
     found = normalise(image, parse_rule("window:-160,240"), Path("f"))
-    assert found.image.tolist() == [[-160, -160, 40, 240, 240]]
-    assert found.image.dtype == np.int16
-    np.testing.assert_allclose(found.offset + found.scale * found.image, [[0, 0, 0.5, 1, 1]])
+    assert found.image is image
+    assert (found.low, found.high) == (-160, 240)
+    np.testing.assert_allclose(found.applied(), [[0, 0, 0.5, 1, 1]])
     assert found.said == {"clip": [[-160.0, 240.0]], "rule": "window:-160,240"}
     bright = normalise(np.array([[0, 255]], np.uint8), parse_rule("window:-5,300"), Path("f"))
-    assert bright.image.tolist() == [[0, 255]], "bounds beyond what the type holds"
+    np.testing.assert_allclose(bright.applied(), [[5 / 305, 260 / 305]], err_msg="bounds beyond what the type holds")
+    narrow = normalise(np.array([[0, 1]], np.int16), parse_rule("window:0.25,0.75"), Path("f"))
+    np.testing.assert_allclose(narrow.applied(), [[0, 1]], err_msg="bounds between whole numbers")
 
 
-def test_percentiles_clip_whole_numbers_to_whole_numbers() -> None:
+def test_percentiles_are_voxels_of_the_image() -> None:
     image = np.arange(1001, dtype=np.int16)[None]
     found = normalise(image, parse_rule("percentile:1,99"), Path("f"))
-    assert (found.image.min(), found.image.max()) == (10, 990)
-    values = found.offset + found.scale * found.image
-    assert (values.mean(), values.std()) == (pytest.approx(0, abs=1e-9), pytest.approx(1))
+    assert (found.low, found.high) == (10, 990)
+    assert found.image is image
+    values = found.applied()
+    assert (values.mean(), values.std()) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
+    sparse = normalise(np.array([[0, 0, 0, 7, 100]], np.int16), parse_rule("percentile:0,80"), Path("f"))
+    assert sparse.high == 7, "not a value between 7 and 100"
 
 
 def test_channels_of_unlike_scales_are_stored_normalised() -> None:
@@ -327,12 +333,12 @@ def test_inspect_counts_and_draws(tmp_path: Path) -> None:
         inputs.nifti(tmp_path / f"in/c{number}.nii", inputs.volume(number))
         inputs.nifti(tmp_path / f"labels/c{number}.nii", inputs.mask(number, top=2) * (number > 0))
     index = corpus("nifti", tmp_path / "in", tmp_path / "out", labels=tmp_path / "labels")
-    found = verify.inspect(index.path)
+    found = verify.inspect(index)
     assert found["samples_with_class"] == [2, 2]
     histogram = found["histogram"]
     assert len(histogram["edges"]) == len(histogram["counts"]) + 1
     assert 0.95 < sum(histogram["counts"]) / (3 * np.prod(inputs.SHAPE)) <= 1, "between the 1st and 99th percentile"
-    with Image.open(io.BytesIO(pictures.sheet(verify.sheet(index.path)))) as picture:
+    with Image.open(io.BytesIO(pictures.sheet(verify.sheet(index)))) as picture:
         assert picture.format == "PNG"
         assert picture.width > picture.height > 100
 
@@ -374,16 +380,19 @@ def test_photographs_from_shards_to_a_report(
         "shard", str(tmp_path / "in"), "--format", "images", "--labels", masks, "--label-map", "0=0,255=1",
         "--resize", "40,40", "--labelled", "3", "--val-last", "2", "--out", shards, "--workers", "1",
     )  # fmt: skip
-    assert "8 cases in 1 shards, 3 labelled, 2 for reports only, 2 classes" in said
+    assert "8 cases in 1 shards, 3 labelled, 2 for reports only" in said
     run("verify", shards)
+    assert json.loads(run("inspect", shards))["spacing_unit"] == "pixel"
     changes = {"data__patch": [32, 32], "model__swin__window": [2, 2], "budget__images": 24}
     batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "ccl_mpc__t_contrast": 0.3}
     raw = toy.settings(Path(shards), tmp_path, **changes, **batches)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
     run("train", str(tmp_path / "c.yaml"))
-    assert "Dice" in run("eval", str(tmp_path / "toy"))
+    assert "NSD at 1 pixel" in (table := run("eval", str(tmp_path / "toy")))
     run("report", str(tmp_path / "toy"))
-    assert "data:image/png" in (tmp_path / "toy/report.html").read_text()
+    page = (tmp_path / "toy/report.html").read_text().partition("Evaluation<")[2].partition("Origins")[0]
+    assert all(words in page for words in ("HD95, pixel", "data:image/png"))
+    assert not re.search(r"\bmm\b|\bvoxels?\b", table + re.sub("<[^>]+>", " ", page)), "its spacing is of pixels"
 
 
 def test_the_verb_offers_every_format() -> None:

@@ -66,13 +66,12 @@ def read_all(folder: Path) -> None:
     """Everything that reads a corpus. Whatever else than InputError is a fault."""
     problems = verify.verify(folder)
     assert all(isinstance(line, str) and "\n" not in line for line in problems)
-    for look in (verify.inspect, samples):
+    for look in (verify.inspect, verify.cases, samples):
         with suppress(InputError):
-            look(folder)
+            list(look(Index.open(folder)) or [])
 
 
-def samples(folder: Path) -> None:
-    index = Index.open(folder)
+def samples(index: Index) -> None:
     reader = Reader(index)
     for row in range(len(index)):
         with suppress(InputError):
@@ -94,19 +93,22 @@ def test_an_index_of_any_bytes(corpus: Path, harm: list[tuple[int, bytes]], keep
         read_all(out)
 
 
-EXTREMES = st.sampled_from([-1, 0, 1, 2, 3, 127, 255, 1 << 20, (1 << 31) - 1, -(1 << 31), 1 << 40, -(1 << 62)])
+EXTREMES = st.sampled_from(
+    [-1, 0, 1, 2, 3, 127, 255, 1 << 20, (1 << 31) - 1, -(1 << 31), 1 << 40, -(1 << 62), np.nan, np.inf, -np.inf]
+)
 
 
 @pytest.mark.slow
 @LIMITS
-@given(column=st.integers(0, 18), place=st.integers(0, 1000), value=EXTREMES, form=st.sampled_from(["", "cut", "drop"]))
-def test_columns_of_any_values(corpus: Path, column: int, place: int, value: int, form: str) -> None:
+@given(column=st.integers(0, 20), place=st.integers(0, 1000), value=EXTREMES, form=st.sampled_from(["", "cut", "drop"]))
+def test_columns_of_any_values(corpus: Path, column: int, place: int, value: float, form: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = copied(corpus, folder)
         columns = load_file(out / INDEX)
         name = sorted(columns)[column]
         flat = columns[name].reshape(-1)
-        flat[place % len(flat)] = np.array(value).astype(flat.dtype)
+        with np.errstate(invalid="ignore"):
+            flat[place % len(flat)] = np.array(value).astype(flat.dtype)
         columns |= {name: columns[name][:-1]} if form == "cut" else {}
         save_file({key: array for key, array in columns.items() if form != "drop" or key != name}, out / INDEX)
         believe(out)

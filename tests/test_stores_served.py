@@ -19,7 +19,6 @@ from cclmpc_dist.errors import InputError
 
 pytestmark = pytest.mark.cluster
 EPOCHS = 2
-SECRET = {"AWS_ACCESS_KEY_ID": "AKIAUSER", "AWS_SECRET_ACCESS_KEY": "s3cret/Key", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def corpus(folder: Path, cases: int, edge: int, shard_bytes: int) -> Index:
@@ -105,39 +104,22 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A server of the S3 protocol, with the credentials in the environment."""
     pytest.importorskip("s3fs", reason="needs the extra `remote`")
     pytest.importorskip("moto", reason="needs the extra `s3-test`")
-    for name, value in SECRET.items():
-        monkeypatch.setenv(name, value)
-    port = stores.free_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (tmp_path / "moto.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            stores.wait_for(port, server)
-            yield
-        finally:
-            server.kill()
-
-
-def uploaded(folder: Path) -> str:
-    """The URL of a copy in a bucket."""
-    import fsspec
-
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
-    files.mkdir("bucket")
-    files.put(str(folder), "bucket/corpus", recursive=True)
-    return "s3://bucket/corpus"
+    with stores.moto(tmp_path / "moto.log") as host:
+        for name, value in (stores.SECRET | {"AWS_ENDPOINT_URL": f"http://{host}"}).items():
+            monkeypatch.setenv(name, value)
+        yield
 
 
 def test_two_ranks_read_from_s3(s3: None, tmp_path: Path) -> None:
     index = corpus(tmp_path / "shards", 60, 40, 270_000)
-    check(index, uploaded(tmp_path / "shards"), tmp_path / "cache")
+    check(index, stores.uploaded(tmp_path / "shards"), tmp_path / "cache")
 
 
 def test_an_s3_that_fails_is_told_without_credentials(
     s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus(tmp_path / "shards", 2, 8, 40_000)
-    url = uploaded(tmp_path / "shards")
+    url = stores.uploaded(tmp_path / "shards")
     words = f"^{url}/elsewhere/manifest.json: not there: copy it there, or change data.path$"
     with pytest.raises(InputError, match=words):
         stores.opened(f"{url}/elsewhere", tmp_path / "cache")
@@ -148,4 +130,4 @@ def test_an_s3_that_fails_is_told_without_credentials(
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | nowhere)
     assert "8 times in a row: see that the server runs and can be reached from here" in done.stderr
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        assert SECRET[name] not in done.stdout + done.stderr
+        assert stores.SECRET[name] not in done.stdout + done.stderr

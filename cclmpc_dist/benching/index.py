@@ -34,7 +34,7 @@ from cclmpc_dist.training import plan, setup
 MIB = 2**20
 SHAPE = (1, 256, 256)  # uint8
 IMAGE, LABEL, JSON = 128 + 65536, 128 + 65536, 400  # bytes of a member
-FLOATS = {"scale": 0.01, "offset": 0.0}
+FLOATS = {"scale": 0.01, "offset": 0.0, "low": -np.inf, "high": np.inf}
 HEADER = 512  # of a tar's member, whose bytes are padded to a multiple of it
 WITH_LABEL = 100  # every so many-th shard holds labels
 LABELLED = 1000  # of these samples

@@ -1,5 +1,6 @@
 """One case of a corpus: in memory, and before it is read."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +30,8 @@ class Case:
 
     key: unique name. image: float32 or integer (C, *S). label: uint8 (*S), None where there is none. spacing:
     mm a voxel, one number an axis. meta: what JSON can hold, such as `patient`, `affine`, `normalisation`,
-    `cropped_by_label`. scale, offset: the network sees offset + scale * image.
+    `cropped_by_label`. low, high, scale, offset: the network sees offset + scale * image, the image clipped to
+    [low, high] before.
     """
 
     key: str
@@ -39,6 +41,8 @@ class Case:
     meta: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0
     offset: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
 
     @property
     def fingerprint(self) -> str:

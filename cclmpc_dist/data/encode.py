@@ -1,10 +1,12 @@
 """One case -> the bytes of its sample, and what the index says of it. Depends on nothing but the case.
 
-Images are stored as uint8 or int16 where value = offset + scale * stored gives them back, else as float32.
+Images are stored as uint8 or int16 where value = offset + scale * stored gives them back, else as float32. A clip is
+never applied here, only written down in stored units.
 """
 
 import io
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +38,8 @@ class Sample:
     dtype: int
     scale: float
     offset: float
+    low: float
+    high: float
     cropped_by_label: bool
     top: int
     voxels: list[tuple[int, np.ndarray]]
@@ -45,13 +49,17 @@ def encode(handle: Handle, classes: int | None, compress: Compression) -> Sample
     """Read a case, check it and encode it. Raises InputError naming it."""
     case = handle.read()
     check(case, classes)
-    stored, scale, offset = quantise(case.image)
-    scale, offset = case.scale * scale, case.offset + case.scale * offset
-    meta = _meta(case, scale, offset)
+    stored, step, zero = quantise(case.image)
+    seen = {
+        "scale": case.scale * step, "offset": case.offset + case.scale * zero,
+        "low": float(np.float32((case.low - zero) / step)), "high": float(np.float32((case.high - zero) / step)),
+    }  # fmt: skip
+    meta = _meta(case, seen)
     return Sample(
         case.key, str(meta["patient"]), _members(case, stored, meta, compress), stored.shape, case.spacing,
-        DTYPES.index(stored.dtype), scale, offset, bool(meta["cropped_by_label"]),
-        0 if case.label is None else int(case.label.max()), [] if case.label is None else foreground(case.label),
+        DTYPES.index(stored.dtype), **seen, cropped_by_label=bool(meta["cropped_by_label"]),
+        top=0 if case.label is None else int(case.label.max()),
+        voxels=[] if case.label is None else foreground(case.label),
     )  # fmt: skip
 
 
@@ -121,14 +129,19 @@ def _step(values: np.ndarray) -> float | None:
     return None
 
 
-def _meta(case: Case, scale: float, offset: float) -> dict[str, object]:
-    """The sample's JSON: all that is needed to use a volume without the index."""
+def _meta(case: Case, seen: dict[str, float]) -> dict[str, object]:
+    """The sample's JSON: all that is needed to use a volume without the index. `seen`: how the network sees it."""
     spacing = [float(size) for size in case.spacing]
     return {
         "normalisation": "none", "cropped_by_label": False, "patient": case.key,
         "affine": np.diag([*spacing, *[1.0] * (4 - len(spacing))]).tolist(), **case.meta,
-        "key": case.key, "scale": scale, "offset": offset, "spacing": spacing,
+        "key": case.key, "spacing": spacing, **{name: finite(value) for name, value in seen.items()},
     }  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    """As JSON can hold it: None for infinity, which as a bound is none."""
+    return value if math.isfinite(value) else None
 
 
 def _members(case: Case, stored: np.ndarray, meta: dict[str, object], compress: Compression) -> dict[str, bytes]:

@@ -8,7 +8,8 @@ file):
     json_at, json_bytes (n)   the sample's JSON
     dtype (n)                 code of the stored image, see DTYPES
     shape (n, 1 + dims)       C and S
-    scale, offset (n)         value = offset + scale * stored
+    low, high (n)             -inf, inf where nothing is clipped; in stored units, as are
+    scale, offset (n)         the network sees offset + scale * clip(stored, low, high)
     spacing (n, dims)         mm
     labelled (n)              1: labelled unless the run's configuration says otherwise;  split (n)  0 train, 1 val
     key_bytes, key_at (n+1)   UTF-8 names end to end;  key_order (n)  rows sorted by name
@@ -31,16 +32,18 @@ from cclmpc_dist.data import sound
 from cclmpc_dist.data.store import Url
 from cclmpc_dist.errors import InputError
 
-VERSION = 1
+VERSION = 2
+UNCLIPPED = 1  # the version before, read as one in which nothing is clipped
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 SHA256 = "[0-9a-f]{64}"  # cached files are named by it
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
+NO_CLIP = {"low": np.float32(-np.inf), "high": np.float32(np.inf)}
 LOOKED_THROUGH = 1 << 20  # samples up to which every value is looked at; beyond, `cclmpc verify` alone does
 CHUNK = 1 << 18  # rows
-_TYPES = {"I64": "<i8", "F64": "<f8", "I32": "<i4", "U8": "<u1"}  # in the order in which safetensors stores them
+_TYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "U8": "<u1"}  # in safetensors' order
 
 
 def chunks(n: int) -> Iterator[slice]:
@@ -66,6 +69,9 @@ class Index:
         self.manifest = manifest
         self.file = file or Path(path / INDEX)
         self.columns = _columns(self.file)
+        if manifest["version"] == UNCLIPPED and "shard" in self.columns:
+            n = self.columns["shard"].shape[:1]
+            self.columns = {name: np.broadcast_to(bound, n) for name, bound in NO_CLIP.items()} | self.columns
         unsound = sound.structure(self.columns)
         if unsound:
             raise InputError(f"{path / INDEX}: {unsound}: damaged, or the index of another corpus than {MANIFEST}: "
@@ -120,6 +126,8 @@ class Index:
         expected = self.manifest["shards"][shard]["bytes"]
         try:
             file = open(path, "rb")  # noqa: SIM115 (the caller's)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing: copy it beside the index, or shard again") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
         size = os.fstat(file.fileno()).st_size
@@ -348,8 +356,8 @@ def parsed(data: bytes, file: Path | Url) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file}: cannot be read ({error}): shard again") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != VERSION:
-        raise InputError(f"{file}: version {version}, and this program reads {VERSION}: shard again")
+    if version not in (UNCLIPPED, VERSION):
+        raise InputError(f"{file}: version {version}, and this program reads {UNCLIPPED} and {VERSION}: shard again")
     if not _is_sound(manifest):
         raise InputError(f"{file}: edited or damaged: shard again")
     return manifest

@@ -25,12 +25,14 @@ from cclmpc_dist.data import draws
 from cclmpc_dist.data.ahead import Course, ahead
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
-from cclmpc_dist.data.reader import Reader, copy_rows, region
+from cclmpc_dist.data.reader import Reader, applied, copy_rows, region
 from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
-AS_STORED = {"scale": np.float32(1), "offset": np.float32(0)}  # the network sees what is stored
+AS_STORED = {  # the network sees what is stored
+    "scale": np.float32(1), "offset": np.float32(0), "low": np.float32(-np.inf), "high": np.float32(np.inf),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Mixture:
     def batch(self, step: int, lanes: Sequence[int]) -> Batch:
         """The crops of some lanes, ascending, at a global step.
 
-        image: (b, C, *patch) as stored (float32, scale 1, offset 0 where stored types differ); scale, offset:
-        (b,) float32; label: (b, *patch) uint8, with_label only; key: (b,) int64 for draws; lane: (b,) int64;
-        skipped: int, samples passed over. Raises InputError naming shard and case.
+        image: (b, C, *patch) as stored, or float32 as the network sees it where stored types differ; scale, offset,
+        low, high: (b,) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
+        int64 for draws; lane: (b,) int64; skipped: int, samples passed over. Raises InputError naming shard and case.
         """
         shares = self.split(lanes)
         samples = [sample for part, own in shares for sample in part.take(step, own)]
@@ -213,8 +215,12 @@ class Stream(Mixture):
         row, crop = volume.row, self._crop(volume.row, u)
         image = crop.turned(region(volume.image, crop.start, crop.size, self._reader.background(row)))
         label = None if volume.label is None else crop.turned(region(volume.label, crop.start, crop.size, 0))
-        seen = {name: np.float32(self.index[name][row]) for name in AS_STORED}
-        return _Sample(key, image, label, seen, volume.passed)
+        return _Sample(key, image, label, seen(self.index, row), volume.passed)
+
+
+def seen(index: Index, row: int) -> dict[str, np.float32]:
+    """How the network sees a stored image: `applied` takes it."""
+    return {name: np.float32(index[name][row]) for name in AS_STORED}
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,7 @@ class _Sample:
 
     def normalised(self) -> "_Sample":
         """With float32 values, bit for bit as `to_device` computes them."""
-        image = self.seen["offset"] + self.seen["scale"] * self.image.astype(np.float32)
-        return replace(self, image=image, seen=AS_STORED)
+        return replace(self, image=applied(self.image, **self.seen), seen=AS_STORED)
 
 
 def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
@@ -349,16 +354,20 @@ def _end_with_parent(worker: int) -> None:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch on `device`: image float32 (b, C, *patch) = offset + scale * stored, label int64; scale and
-    offset are used up."""
+    """The batch on `device`: image float32 (b, C, *patch) = offset + scale * clip(stored, low, high), label int64;
+    these four are used up. Under autocast too, all of it is float32."""
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
-    scale, offset, image = moved.pop("scale"), moved.pop("offset"), moved["image"]
+    image = moved["image"]
     axes = (-1,) + (1,) * (image.ndim - 1)
+    scale, offset, low, high = (moved.pop(name).view(axes) for name in AS_STORED)
+    values = image.to(torch.float32, copy=True)
+    torch.maximum(values, low, out=values)  # a clamp by tensors takes ten times as long on a CPU
+    torch.minimum(values, high, out=values)
     # Two roundings: a fused multiply-add is used for parts of a tensor only, and values would depend on the batch.
-    moved["image"] = image.float().mul(scale.view(axes)).add_(offset.view(axes))
+    moved["image"] = values.mul_(scale).add_(offset)
     if "label" in moved:
         moved["label"] = moved["label"].long()
     return moved

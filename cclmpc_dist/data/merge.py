@@ -14,7 +14,7 @@ from cclmpc_dist.data.parts import PARTS, Part, Piece, Rows, difference, read_re
 from cclmpc_dist.errors import InputError
 
 SKIPPED = "skipped.json"
-COPIED = (*(name for name in Rows.INTEGERS if name != "case"), "shape", "spacing", "scale", "offset")
+COPIED = (*(name for name in Rows.INTEGERS if name != "case"), "shape", "spacing", "scale", "offset", "low", "high")
 
 
 def merge(out: str | Path) -> Index:
@@ -169,7 +169,8 @@ def _layout(survey: _Survey) -> dict[str, tuple[str, tuple[int, ...]]]:
     places = {f"{part}_{what}": ("I64", (n,)) for part in ("image", "label", "json") for what in ("at", "bytes")}
     return places | {
         "shard": ("I32", (n,)), "dtype": ("U8", (n,)), "shape": ("I32", (n, 1 + dims)),
-        "scale": ("F64", (n,)), "offset": ("F64", (n,)), "spacing": ("F64", (n, dims)),
+        "scale": ("F64", (n,)), "offset": ("F64", (n,)), "low": ("F32", (n,)), "high": ("F32", (n,)),
+        "spacing": ("F64", (n, dims)),
         "labelled": ("U8", (n,)), "split": ("U8", (n,)),
         "key_bytes": ("U8", (survey.key_bytes,)), "key_at": ("I64", (n + 1,)), "key_order": ("I64", (n,)),
         "voxel_at": ("I64", (n * (survey.classes - 1) + 1,)), "voxels": ("I32", (survey.voxels, dims)),

@@ -21,7 +21,7 @@ import numpy as np
 
 from cclmpc_dist.data.case import Handle
 from cclmpc_dist.data.encode import Compression, Sample
-from cclmpc_dist.data.index import pretty, replace
+from cclmpc_dist.data.index import VERSION, pretty, replace
 from cclmpc_dist.errors import InputError
 
 PARTS = "parts"
@@ -56,9 +56,21 @@ def settled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first setting in which two builds differ, in words."""
+    """The first setting in which two builds differ, in the words of `cclmpc shard`."""
     name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    return "other cases" if name == "keys" else f"{name} = {old.get(name)}, not {new.get(name)}"
+    return "other cases" if name == "keys" else f"{_option(name, old.get(name))}, not {_option(name, new.get(name))}"
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as it was given on the command line."""
+    if name == "cases":
+        return f"{value} cases"
+    if name == "options":  # field=value of the format's own, between blanks
+        return re.sub(r"\b(\w+)=", lambda found: f"--{found[1].replace('_', '-')}=", value) or "no option of the format"
+    named = {"source": "format", "shard_bytes": "shard-mib", "parts": "part"}
+    shown = {"shard_bytes": lambda size: f"{size / 2**20:g}", "parts": lambda count: f"I/{count}"}.get(name, str)
+    option = f"--{named.get(name, name).replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option} {shown(value)}"
 
 
 def inputs(cases: Sequence[Handle]) -> str:
@@ -162,6 +174,7 @@ class Rows:
     """The rows of one shard while it grows: one machine array a column."""
 
     INTEGERS = ("case", "image_at", "image_bytes", "label_at", "label_bytes", "json_at", "json_bytes", "dtype")
+    SEEN = ("scale", "offset", "low", "high")
     VOXELS = ("voxel_row", "voxel_class", "voxel_count")
 
     def __init__(self, first: int) -> None:
@@ -172,7 +185,7 @@ class Rows:
         self.cropped_by_label, self.top = False, 0
         self.shape: tuple[int, ...] = ()
         self.integers = {name: array("q") for name in (*self.INTEGERS, *self.VOXELS)}
-        self.shapes, self.floats = array("q"), {name: array("d") for name in ("spacing", "scale", "offset")}
+        self.shapes, self.floats = array("q"), {name: array("d") for name in ("spacing", *self.SEEN)}
         self.voxels: list[np.ndarray] = []
 
     def add(self, case: int, sample: Sample, places: dict[str, tuple[int, int]]) -> None:
@@ -190,8 +203,8 @@ class Rows:
         self.shape = sample.shape
         self.shapes.extend(sample.shape)
         self.floats["spacing"].extend(sample.spacing)
-        self.floats["scale"].append(sample.scale)
-        self.floats["offset"].append(sample.offset)
+        for name in self.SEEN:
+            self.floats[name].append(getattr(sample, name))
         self.cropped_by_label |= sample.cropped_by_label
         self.top = max(self.top, sample.top)
         self.keys.append(sample.key)
@@ -210,6 +223,7 @@ class Rows:
         told |= {
             "first": self.first, "keys": self.keys, "patients": self.patients, "skipped": self.skipped,
             "cropped_by_label": self.cropped_by_label, "top": self.top, "form": [self.shape[0], axes - 1],
+            "version": VERSION,
         }  # fmt: skip
         data = json.dumps(told).encode() + b"\n" + save(columns)
         replace(file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
@@ -224,7 +238,7 @@ class Piece:
 
     @classmethod
     def load(cls, file: Path) -> "Piece | None":
-        """None where it is missing or damaged."""
+        """None where it is missing or damaged, or another version's."""
         from safetensors.numpy import load
 
         if not file.is_file():
@@ -233,4 +247,5 @@ class Piece:
         if hashlib.sha256(data).hexdigest().encode() != digest:
             return None
         told, _, columns = data.partition(b"\n")
-        return cls(json.loads(told), load(columns))
+        piece = cls(json.loads(told), load(columns))
+        return piece if piece.told.get("version") == VERSION else None

@@ -1,6 +1,8 @@
 """Volumes and crops out of the shards. Layout: C channels, S spatial."""
 
 import io
+import json
+import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -67,9 +69,16 @@ class Reader:
         return self.image(row), self.label(row) if self.index["label_bytes"][row] else None
 
     def normalised(self, row: int) -> np.ndarray:
-        """Image (C, *S) float32, offset + scale * stored."""
-        scale, offset = np.float32(self.index["scale"][row]), np.float32(self.index["offset"][row])
-        return offset + scale * self.image(row).astype(np.float32)
+        """Image (C, *S) float32 as the network sees it, bit for bit as loader.to_device makes it of a batch."""
+        seen = {name: np.float32(self.index[name][row]) for name in ("scale", "offset", "low", "high")}
+        return applied(self.image(row), **seen)
+
+    def unit(self, row: int) -> str:
+        """What the spacing is in: mm; voxel or pixel where the source tells none. Raises InputError."""
+        try:
+            return str(json.loads(self._bytes(row, "json")).get("unit", "mm"))
+        except (ValueError, AttributeError):
+            raise InputError(f"{self._where(row)}: its JSON cannot be read: copy the shard again") from None
 
     def background(self, row: int) -> float:
         """The stored value nearest to normalised 0."""
@@ -106,9 +115,10 @@ class Reader:
             start = 0
         else:
             buffer, start = self._map(int(self.index["shard"][row])), int(self.index[f"{part}_at"][row])
-        if buffer[start : start + len(head)] != head:
-            raise InputError(f"{self._where(row)}: its {part} is damaged: copy the shard again")
         dtype = np.dtype(np.uint8) if code == LABEL else DTYPES[code]
+        short = len(buffer) - start - len(head) < math.prod(shape) * dtype.itemsize
+        if short or buffer[start : start + len(head)] != head:
+            raise InputError(f"{self._where(row)}: its {part} is damaged: copy the shard again")
         return np.ndarray(shape, dtype, buffer, start + len(head))
 
     def _decompress(self, row: int, part: str) -> bytes:
@@ -120,6 +130,15 @@ class Reader:
             raise InputError(
                 f"{self._where(row)}: its {part} cannot be decompressed ({error}): copy the shard again"
             ) from None
+
+
+def applied(image: np.ndarray, scale: np.float32, offset: np.float32, low: np.float32, high: np.float32) -> np.ndarray:
+    """offset + scale * clip(image, low, high), a new float32 array."""
+    values = image.astype(np.float32)
+    np.clip(values, low, high, out=values)
+    values *= scale
+    values += offset
+    return values
 
 
 def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:

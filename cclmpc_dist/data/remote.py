@@ -2,9 +2,13 @@
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from cclmpc_dist.config import Data
+from cclmpc_dist.config import Data, url_problems
 from cclmpc_dist.data import store
 from cclmpc_dist.data.cache import Blob, Cache
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
@@ -25,22 +29,47 @@ def open_corpora(data: Data) -> list[Index]:
     """The index of `data.path`, then those of `data.further` by name; what is remote shares a cache. Raises
     InputError."""
     cache = Cache(str(data.cache), int(data.cache_gib * GIB)) if data.remote else None
-    return [_opened(path, cache) for path in data.paths.values()]
+    return [_checked(path, cache) for path in data.paths.values()]
 
 
-def _opened(path: str, cache: Cache | None) -> Index:
+def _checked(path: str, cache: Cache | None) -> Index:
     if "://" not in path:
         return Index.open(path)
     assert cache is not None, "a URL has a cache"
-    url = Url(path)
-    source = store.source(url)
-    manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
-    size = store.size(source, url, INDEX)
-    index = RemoteIndex(url, manifest, size, cache)
+    index = _opened(Url(path), cache)
+    _refuse(index)
+    return index
+
+
+@contextmanager
+def visited(path: str, cache: Path | None, limit: int, check: bool) -> Iterator[Index]:
+    """The index of a folder or a URL for a look at it. Raises InputError, with `check` for problems of the index too.
+
+    Files of a URL come through `cache`, or a temporary folder, of `limit` bytes besides what is in use.
+    """
+    if "://" not in path:
+        yield Index.open(path, check)
+        return
+    problems = url_problems(path)
+    if problems:
+        raise InputError(f"the URL {problems[0]}")
+    with nullcontext(cache) if cache else TemporaryDirectory(prefix="cclmpc-") as folder:
+        index = _opened(Url(path), Cache(folder, limit))
+        if check:
+            _refuse(index)
+        yield index
+
+
+def _refuse(index: Index) -> None:
     problems = index.problems()
     if problems:
         raise InputError(problems[0])
-    return index
+
+
+def _opened(url: Url, cache: Cache) -> "RemoteIndex":
+    source = store.source(url)
+    manifest = parsed(store.whole(source, url, MANIFEST, LARGEST_MANIFEST), url / MANIFEST)
+    return RemoteIndex(url, manifest, store.size(source, url, INDEX), cache)
 
 
 class RemoteIndex(Index):

@@ -100,8 +100,11 @@ def _same_as_complete(part: Part, said: dict[str, Any], own: str) -> None:
     manifest = Index.open(part.out, check=False).manifest
     settings, hashes = manifest.get("settings", {}), manifest.get("inputs", [])
     if settings != said or hashes[part.number - 1] != own:
-        what = difference(settings, said) if settings != said else "files of other sizes"
-        raise InputError(f"{part.out}: exists and holds a corpus made with {what}: remove it or choose another folder")
+        what = difference(settings, said) if settings != said else "files of other sizes or times of change"
+        what = what if settings else "settings that it does not tell"
+        instead = ", or set data.labelled for the run, which needs no new shards" if "--labelled" in what else ""
+        raise InputError(f"{part.out}: holds a finished corpus made with {what}, and is left as it is: "
+                         f"give another --out{instead}")  # fmt: skip
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def _workplace(part: Part, said: dict[str, Any]) -> Iterator[None]:
     """Make the folder if need be. Where the block fails before there is a shard to keep, take back what was made."""
     out = part.out
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PARTS).is_dir())):
-        raise InputError(f"{out}: exists and is not empty: remove it or choose another folder")
+        raise InputError(f"{out}: is not empty, and what is there is no corpus: give another --out")
     made = [folder for folder in (out / PARTS, out, *out.parents) if not folder.exists()]
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     _same_as_begun(part, said)
@@ -134,7 +137,7 @@ def _same_as_begun(part: Part, said: dict[str, Any]) -> None:
             continue
         if begun != settled(said):
             what = difference(begun, settled(said))
-            raise InputError(f"{part.out}: begun with {what}: give what was given, or remove the folder")
+            raise InputError(f"{part.out}: begun with {what}: give what was given, or another --out")
 
 
 class _Build:

@@ -9,9 +9,9 @@ Columns = Mapping[str, np.ndarray]
 
 _TYPES = {
     "shard": "<i4", "image_at": "<i8", "image_bytes": "<i8", "label_at": "<i8", "label_bytes": "<i8", "json_at": "<i8",
-    "json_bytes": "<i8", "dtype": "u1", "shape": "<i4", "scale": "<f8", "offset": "<f8", "spacing": "<f8",
-    "labelled": "u1", "split": "u1", "key_bytes": "u1", "key_at": "<i8", "key_order": "<i8", "voxel_at": "<i8",
-    "voxels": "<i4",
+    "json_bytes": "<i8", "dtype": "u1", "shape": "<i4", "scale": "<f8", "offset": "<f8", "low": "<f4", "high": "<f4",
+    "spacing": "<f8", "labelled": "u1", "split": "u1", "key_bytes": "u1", "key_at": "<i8", "key_order": "<i8",
+    "voxel_at": "<i8", "voxels": "<i4",
 }  # fmt: skip
 _FLOAT32 = np.finfo(np.float32)
 _NAMES = np.zeros(256, bool)
@@ -71,6 +71,9 @@ def values(columns: Columns, manifest: dict[str, Any], itemsize: np.ndarray) -> 
     beyond = (largest > _FLOAT32.max) | (scale < _FLOAT32.tiny)  # samples are float32 once they are scaled
     if not np.isfinite(numbers).all() or beyond.any() or (columns["spacing"] <= 0).any():
         return "column scale, offset or spacing holds what cannot be"
+    low, high = columns["low"], columns["high"]
+    if not ((low <= high) & (low < np.inf) & (high > -np.inf)).all():
+        return "column low or high bounds nothing"
     return _names(columns) or _steps(columns["voxel_at"], len(columns["voxels"]), "voxel_at")
 
 

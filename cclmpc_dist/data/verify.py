@@ -7,43 +7,57 @@ import tarfile
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from cclmpc_dist.data.index import DTYPES, INDEX, VAL, Index, edited, sha256
+from cclmpc_dist.data.encode import finite
+from cclmpc_dist.data.index import DTYPES, INDEX, UNCLIPPED, VAL, Index, edited
 from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.data.remote import visited
 from cclmpc_dist.errors import InputError
 
 LOOKED_AT = 18  # volumes read for the summary, evenly taken
 BINS = 32  # of the intensity histogram, from the 1st to the 99th percentile
 
 
-def verify(path: str | Path) -> list[str]:
-    """Every problem of a corpus, one line each: empty when all is well. Reads every byte.
+def verify(path: str | Path, cache: Path | None = None, limit: int = 0) -> list[str]:
+    """Every problem of a corpus, a folder or a URL, one line each: empty when all is well. Reads every byte.
+
+    Of a URL one shard after another is fetched into `cache`, which holds up to `limit` bytes besides it, or into a
+    temporary folder; what lies in the cache already is not fetched again.
 
     The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
     whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
     and label range it says. No patient and no image may be in both splits.
     """
     try:
-        index = Index.open(path, check=False)
+        with visited(str(path), cache, limit, check=False) as index:
+            return list(dict.fromkeys(_problems(index)))
     except InputError as error:
         return [str(error)]
+
+
+def _problems(index: Index) -> Iterator[str]:
+    """One line a problem; that of a shard which cannot be opened may come twice."""
     problems = index.problems()
+    yield from problems
     unsound = index.unsound()
     if unsound or (problems and INDEX in problems[0]):
-        return problems or [unsound]
+        yield from [] if problems else [unsound]
+        return
     told = _Told()
-    for number, shard in enumerate(index.manifest["shards"]):
-        file = index.shard_path(number)
-        if file.is_file() and file.stat().st_size == shard["bytes"]:
-            problems += _shard(index, number, shard["sha256"], told)
+    for number in range(len(index.manifest["shards"])):
+        try:
+            with index.open_shard(number) as file:
+                yield from _shard(index, number, file, told)
+        except InputError as error:
+            yield str(error)
     said = index.manifest["cropped_by_label"]
     if told.cropped and any(told.cropped) != said:
-        problems.append(edited(index.path, "cropped_by_label", said, any(told.cropped)))
-    return problems
+        yield edited(index.path, "cropped_by_label", said, any(told.cropped))
 
 
 @dataclass
@@ -55,27 +69,29 @@ class _Told:
     images: dict[bytes, tuple[int, str]] = field(default_factory=dict)
 
 
-def _shard(index: Index, number: int, digest: str, told: _Told) -> Iterator[str]:
+def _shard(index: Index, number: int, file: BinaryIO, told: _Told) -> Iterator[str]:
     """Problems of one shard; what concerns other samples too is added to `told`."""
-    file = index.shard_path(number)
-    if sha256(file) != digest:
-        yield f"{file}: its bytes are not those that were written (sha256): copy it again or shard again"
+    name = index.shard_name(number)
+    digest = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
+    if digest != index.manifest["shards"][number]["sha256"]:
+        yield f"{name}: its bytes are not those that were written (sha256): copy it again or shard again"
     rows = np.flatnonzero(index["shard"] == number)
+    file.seek(0)
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             found = {member.name: (member.offset_data, member.size) for member in tar}
     except tarfile.TarError:
-        yield f"{file}: not a readable tar: copy it again or shard again"
+        yield f"{name}: not a readable tar: copy it again or shard again"
         return
     for row in rows.tolist():
         for problem in _sample(index, row, file, found, told):
-            yield f"{file}: case {index.key(row)}: {problem}"
+            yield f"{name}: case {index.key(row)}: {problem}"
     expected = len(rows) * 2 + int((index["label_bytes"][rows] > 0).sum())
     if len(found) != expected:
-        yield f"{file}: holds {len(found)} members, the index names {expected}: shard again"
+        yield f"{name}: holds {len(found)} members, the index names {expected}: shard again"
 
 
-def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]], told: _Told) -> Iterator[str]:
+def _sample(index: Index, row: int, file: BinaryIO, found: dict[str, tuple[int, int]], told: _Told) -> Iterator[str]:
     suffix = ".npy.zst" if index.compress == "zstd" else ".npy"
     shape = tuple(index["shape"][row].tolist())
     for part, extension in {"image": suffix, "label": suffix, "json": ""}.items():
@@ -94,13 +110,12 @@ def _sample(index: Index, row: int, file: Path, found: dict[str, tuple[int, int]
             yield from _json(_bytes(file, place), index, row, told)
 
 
-def _bytes(file: Path, place: tuple[int, int]) -> bytes:
-    with open(file, "rb") as shard:
-        shard.seek(place[0])
-        return shard.read(place[1])
+def _bytes(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
 
 
-def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | None:
+def _array(file: BinaryIO, place: tuple[int, int], compress: str) -> np.ndarray | None:
     """The member's array, None where it cannot be read."""
     import zstandard
 
@@ -113,10 +128,9 @@ def _array(file: Path, place: tuple[int, int], compress: str) -> np.ndarray | No
 
 
 def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
-    held = {
-        "key": index.key(row), "scale": float(index["scale"][row]), "offset": float(index["offset"][row]),
-        "spacing": index["spacing"][row].tolist(),
-    }  # fmt: skip
+    held = {"key": index.key(row), "spacing": index["spacing"][row].tolist()}
+    bounds = () if index.manifest["version"] == UNCLIPPED else ("low", "high")
+    held |= {name: finite(float(index[name][row])) for name in ("scale", "offset", *bounds)}
     try:
         meta = json.loads(data)
         said = {name: meta[name] for name in held}
@@ -128,7 +142,7 @@ def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
         return
     for name, value in held.items():
         if said[name] != value:
-            yield f"its JSON says {name} = {said[name]}, the index {value}: shard again"
+            yield f"its JSON says {name} = {json.dumps(said[name])}, the index {json.dumps(value)}: shard again"
     if split != index["split"][row]:
         yield f"its patient {patient} is in the other split too (case {other}): shard again with another --val-last"
 
@@ -161,13 +175,12 @@ def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> It
         yield f"its label holds {label.max()}, classes end at {classes - 1}: shard again with --classes"
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What a person wants to know of a corpus, ready to print or dump as JSON. Raises InputError.
+def inspect(index: Index) -> dict[str, Any]:
+    """What a person wants to know of a corpus, ready to dump as JSON. Raises InputError.
 
     Intensities (normalised), their histogram and class fractions come from `volumes_read` volumes, evenly taken;
     all else from the index.
     """
-    index = Index.open(path)
     rows = looked_at(index)
     manifest, shape, spacing = index.manifest, index["shape"][:, 1:], index["spacing"]
     return {
@@ -179,6 +192,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "size_min": shape.min(0).tolist(), "size_max": shape.max(0).tolist(),
         "size_median": np.median(shape, axis=0).tolist(),
         "spacing_min": spacing.min(0).tolist(), "spacing_max": spacing.max(0).tolist(),
+        "spacing_unit": Reader(index).unit(rows[0]),
         "stored_as": {str(dtype): int((index["dtype"] == code).sum()) for code, dtype in enumerate(DTYPES)},
         "samples_with_class": _with_class(index), "volumes_read": len(rows), **_intensities(index, rows),
         "first_keys": [index.key(row) for row in range(min(5, len(index)))],
@@ -220,9 +234,21 @@ def looked_at(index: Index) -> list[int]:
     return np.unique(np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index))).round().astype(int)).tolist()
 
 
-def sheet(path: str | Path) -> list[tuple[str, np.ndarray, np.ndarray | None, list[float]]]:
+def cases(index: Index) -> Iterator[dict[str, Any]]:
+    """What the index says of each case, ready to dump as JSON."""
+    names = [shard["name"] for shard in index.manifest["shards"]]
+    for row in range(len(index)):
+        yield {
+            "key": index.key(row), "shard": names[index["shard"][row]],
+            "split": "val" if index["split"][row] == VAL else "train", "labelled": bool(index["labelled"][row]),
+            "with_label": bool(index["label_bytes"][row]), "size": index["shape"][row, 1:].tolist(),
+            "spacing": index["spacing"][row].tolist(), "stored_as": str(DTYPES[index["dtype"][row]]),
+            **{name: finite(float(index[name][row])) for name in ("scale", "offset", "low", "high")},
+        }  # fmt: skip
+
+
+def sheet(index: Index) -> list[tuple[str, np.ndarray, np.ndarray | None, list[float]]]:
     """Name, first channel as normalised (*S), label or None, spacing of the same cases. Raises InputError."""
-    index = Index.open(path)
     reader = Reader(index)
     found = []
     for row in looked_at(index):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data.index import Index
+from cclmpc_dist.data.loader import seen, to_device
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.evaluation.evaluate import Evaluated, evaluate, gather_rows, share
@@ -33,7 +35,7 @@ def evaluate_cases(
     with torch.autocast(device.type, dtype=kind, enabled=config.precision != "fp32"):
         rows = evaluate(
             predict,
-            _read(index, mine),
+            _read(index, mine, device),
             config.data.patch,
             config.stride,
             index.classes,
@@ -46,10 +48,17 @@ def evaluate_cases(
     return gather_rows(rows, device)
 
 
-def _read(index: Index, samples: Sequence[int]) -> Iterator[Evaluated]:
+def _read(index: Index, samples: Sequence[int], device: torch.device) -> Iterator[Evaluated]:
     reader = Reader(index)
     for sample in samples:
         _, label = reader.volume(sample)
         spacing = tuple(float(edge) for edge in index["spacing"][sample])
-        yield index.key(sample), torch.from_numpy(reader.normalised(sample)), label, spacing
+        yield index.key(sample), whole(reader, sample, device), label, spacing
         reader.keep([])
+
+
+def whole(reader: Reader, row: int, device: torch.device | str) -> Tensor:
+    """A sample's image (C, *S) on `device`, float32 as the network sees it; it travels as it is stored."""
+    stored = torch.from_numpy(np.array(reader.image(row)))
+    numbers = {name: torch.tensor([value]) for name, value in seen(reader.index, row).items()}
+    return to_device({"image": stored[None], **numbers}, device)["image"][0]

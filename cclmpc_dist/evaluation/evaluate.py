@@ -33,7 +33,7 @@ Evaluated = tuple[
 
 @dataclass(frozen=True)
 class Meta:
-    """How the rows came about. patch and stride are in voxels."""
+    """How the rows came about. patch and stride are in voxels; unit is the spacing's: mm, voxel or pixel."""
 
     step: int
     checkpoint: Literal["last", "best"]  # best: on validation cases cut from the labelled ones
@@ -45,6 +45,7 @@ class Meta:
     stride: tuple[int, ...]
     blend: Blend
     classes: int
+    unit: str = "mm"
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from torch import nn
 
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.remote import open_corpus
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
@@ -29,7 +30,8 @@ def evaluate_run(
     """Score a run's checkpoint on a split of its corpus and write RUN/eval/. Collective.
 
     overrides change values such as evaluation.stride or data.path; ema=0 takes the weights themselves. Raises
-    InputError where run, checkpoint or split is not there, or the checkpoint is of another network.
+    InputError where run, checkpoint or split is not there, the split has no label, or the checkpoint is of another
+    network.
     """
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run folder: name one that `cclmpc train` wrote")
@@ -42,6 +44,9 @@ def evaluate_run(
             split, "choose another --split"
         )
         raise InputError(f"{config.data.path}: no case in the {split} split: {remedy}")
+    if not index["label_bytes"][samples].any():
+        raise InputError(f"{config.data.path}: no case of the {split} split has a label to score against: shard it "
+                         "with its labels, or choose another --split")  # fmt: skip
     step = _step(folder, which)
     method = create(config, Corpus(index.channels, index.classes))
     module = method.build().to(device).eval()
@@ -54,7 +59,7 @@ def evaluate_run(
     rows = evaluate_cases(
         method.predictor(module), index, samples, config, device, folder / "eval", lambda key: say(f"  {key}")
     )
-    meta = _meta(config, index, step, which, weights, split)
+    meta = _meta(config, index, step, which, weights, split, Reader(index).unit(int(samples[0])))
     if runtime.rank() == 0:
         save(folder / "eval", rows, meta)
     runtime.barrier()
@@ -62,7 +67,7 @@ def evaluate_run(
 
 
 def _meta(
-    config: Config, index: Index, step: int, which: Which, weights: Literal["model", "ema"], split: Split
+    config: Config, index: Index, step: int, which: Which, weights: Literal["model", "ema"], split: Split, unit: str
 ) -> Meta:
     return Meta(
         step=step,
@@ -75,6 +80,7 @@ def _meta(
         stride=config.stride,
         blend=config.evaluation.blend,
         classes=index.classes,
+        unit=unit,
     )
 
 

@@ -6,6 +6,7 @@ voxels the numbers are those of medpy.metric.binary dc, jc, hd95 and asd without
 papers print.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,18 @@ METRICS = (
 )
 COLUMNS = tuple(metric.column for metric in METRICS)
 STATISTICS = ("mean", "sd", "low", "high", "n", "n_excluded")
+
+
+def metrics_in(unit: str) -> dict[str, Metric]:
+    """METRICS by column, in the words of a corpus whose spacing is in `unit`."""
+    words = {"mm": unit, "voxel": "pixel" if unit == "pixel" else "voxel"}
+
+    def said(text: str) -> str:
+        return re.sub(r"\b(mm|voxel)(?=s?\b)", lambda found: words[found[1]], text)
+
+    return {m.column: Metric(m.column, said(m.title), said(m.unit), said(m.text)) for m in METRICS}
+
+
 DISTANCES = ("hd95_voxel", "asd_voxel", "hd95_mm", "assd_mm")
 
 

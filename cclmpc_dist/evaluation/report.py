@@ -11,7 +11,9 @@ import numpy as np
 from cclmpc_dist import config as settings
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation import evaluate, page, pictures
-from cclmpc_dist.evaluation.metrics import BOOTSTRAP, METRICS, Metric, Row, by_case, defined_mean, summary
+from cclmpc_dist.evaluation.metrics import BOOTSTRAP, Metric, Row, by_case, defined_mean, metrics_in, summary
+
+Metrics = dict[str, Metric]  # by column
 
 _GROUPS = {
     "loss": "Losses",
@@ -31,7 +33,6 @@ _RULES = (
     "undefined: left out of the mean and counted as excluded. A case without a label is excluded everywhere. "
     "Voxel distances ignore the spacing, as LA papers do."
 )
-_BY_COLUMN = {metric.column: metric for metric in METRICS}
 
 
 def report(run: str | Path) -> Path:
@@ -109,19 +110,20 @@ def _evaluation(folder: Path) -> list[str]:
     if not (folder / "meta.json").exists():
         return [page.section("Evaluation", page.para("This run has not been evaluated: run `cclmpc eval`."))]
     rows, meta = evaluate.load(folder)
-    results = _results(summary(rows), meta, len(by_case(rows)))
-    return [results, _overlays(folder, rows), _cases(rows)] if rows else [results]
+    metrics = metrics_in(meta.unit)
+    results = _results(summary(rows), meta, len(by_case(rows)), metrics)
+    return [results, _overlays(folder, rows), _cases(rows, metrics)] if rows else [results]
 
 
-def _results(entries: list[dict[str, Any]], meta: evaluate.Meta, cases: int) -> str:
+def _results(entries: list[dict[str, Any]], meta: evaluate.Meta, cases: int, metrics: Metrics) -> str:
     parts = [page.para(_conditions(meta, cases))]
     if meta.cropped_by_label:
         parts.append(page.note(_LEAK))
     if not entries:
         return page.section("Evaluation", *parts, page.para("There was no case to score."))
-    meanings = " ".join(f"{_title(metric)}: {metric.text}." for metric in METRICS)
+    meanings = " ".join(f"{_title(metric)}: {metric.text}." for metric in metrics.values())
     explained = page.folded("What the columns mean", page.para(meanings), page.para(_RULES))
-    return page.section("Evaluation", *parts, _tiles(entries), _summary_table(entries), explained)
+    return page.section("Evaluation", *parts, _tiles(entries, metrics), _summary_table(entries, metrics), explained)
 
 
 def _conditions(meta: evaluate.Meta, cases: int) -> str:
@@ -137,26 +139,25 @@ def _conditions(meta: evaluate.Meta, cases: int) -> str:
     )
 
 
-def _tiles(entries: list[dict[str, Any]]) -> str:
+def _tiles(entries: list[dict[str, Any]], metrics: Metrics) -> str:
     """Of the last group: the only class, or the mean over classes."""
     last = {entry["metric"]: entry for entry in entries if entry["class"] == entries[-1]["class"]}
     shown = [last[column] for column in ("dice", "jaccard", "hd95_voxel", "asd_voxel")]
-    return f'<div class="tiles">{"".join(_tile(entry) for entry in shown)}</div>'
+    return f'<div class="tiles">{"".join(_tile(entry, metrics) for entry in shown)}</div>'
 
 
-def _tile(entry: dict[str, Any]) -> str:
-    metric = _BY_COLUMN[entry["metric"]]
+def _tile(entry: dict[str, Any], metrics: Metrics) -> str:
+    metric = metrics[entry["metric"]]
     mean, low, high = (_number(entry[name], metric) for name in ("mean", "low", "high"))
     return f'<div class="tile">{page.text(_title(metric))}<b>{mean}</b>95 %: {low} to {high}</div>'
 
 
-def _summary_table(entries: list[dict[str, Any]]) -> str:
+def _summary_table(entries: list[dict[str, Any]], metrics: Metrics) -> str:
     head = ["Metric", "Unit", "Class", "Mean", "SD", "95 % interval", "n", "Excluded"]
-    return page.table(head, map(_summary_line, entries))
+    return page.table(head, [_summary_line(entry, metrics[entry["metric"]]) for entry in entries])
 
 
-def _summary_line(entry: dict[str, Any]) -> list[str]:
-    metric = _BY_COLUMN[entry["metric"]]
+def _summary_line(entry: dict[str, Any], metric: Metric) -> list[str]:
     mean, sd, low, high = (_number(entry[name], metric) for name in ("mean", "sd", "low", "high"))
     counts = [str(entry["n"]), str(entry["n_excluded"])]
     return [metric.title, metric.unit, str(entry["class"]), mean, sd, f"{low} to {high}", *counts]
@@ -189,10 +190,11 @@ def _overlay(folder: Path, key: str, rank: str, dice: float) -> str:
     return f"<figure>{caption}{page.image(picture, 'png', f'{key}, image with contours')}</figure>"
 
 
-def _cases(rows: list[Row]) -> str:
-    head = ["Case", "Class", *(_title(metric) for metric in METRICS)]
+def _cases(rows: list[Row], metrics: Metrics) -> str:
+    head = ["Case", "Class", *map(_title, metrics.values())]
     body = [
-        [row["case"], str(row["class"]), *(_number(row[metric.column], metric) for metric in METRICS)] for row in rows
+        [row["case"], str(row["class"]), *(_number(row[column], metric) for column, metric in metrics.items())]
+        for row in rows
     ]
     return page.section("Cases", page.table(head, body))
 
@@ -230,13 +232,13 @@ def _file(path: Path) -> str:
 
 
 def _title(metric: Metric) -> str:
-    return f"{metric.title}, {metric.unit}" if metric.unit in ("voxel", "mm") else metric.title
+    return metric.title if metric.unit == "fraction" else f"{metric.title}, {metric.unit}"
 
 
 def _number(value: float, metric: Metric) -> str:
     if not np.isfinite(value):
         return "–"
-    return f"{value:.2f}" if metric.unit in ("voxel", "mm") else f"{value:.4f}"
+    return f"{value:.4f}" if metric.unit == "fraction" else f"{value:.2f}"
 
 
 def _size(numbers: Sequence[int]) -> str:

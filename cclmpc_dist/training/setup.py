@@ -108,6 +108,18 @@ def _against_patch(config: Config, index: Index) -> list[str]:
     return [f"data.patch = {patch} is larger than every volume of {index.path}: take a smaller one"]
 
 
+def label_notes(config: Config, index: Index, cases: dict[str, np.ndarray]) -> list[str]:
+    """Where data.labelled takes other cases than `cclmpc shard --labelled` did."""
+    given = index.manifest.get("settings", {}).get("labelled")
+    taken = np.sort(np.concatenate([cases["labelled"], cases["select"]]))
+    said = np.flatnonzero(index["labelled"])
+    if given is None or np.array_equal(taken, said):
+        return []
+    other = "other " if len(taken) == len(said) else ""
+    return [f"labelled: data.labelled takes {len(taken)} {other}cases, the shards say {len(said)} "
+            f"(--labelled {given}): the configuration holds"]  # fmt: skip
+
+
 def cache_notes(config: Config, streams: dict[str, Mixture]) -> list[str]:
     """What the run needs of data.cache, where a corpus is remote."""
     parts = [part for stream in streams.values() for part in stream.parts if isinstance(part.index, RemoteIndex)]

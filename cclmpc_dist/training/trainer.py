@@ -160,7 +160,8 @@ class Trainer:
             order = part.order
             say(f"{part.name}: {order.n} cases, {order.batch_size} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
-        for line in setup.cache_notes(self.config, self.streams) + self.method.notes():
+        notes = setup.label_notes(self.config, self.index, self.cases)
+        for line in notes + setup.cache_notes(self.config, self.streams) + self.method.notes():
             say(line)
 
     def _check_grace(self) -> None:

@@ -3,6 +3,7 @@
 import re
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(ABC):
     """A case that was found and not read. images: a file a channel, or a slice; label: None where there is none."""
 
     key: str
@@ -33,8 +34,9 @@ class Files:
         stats = [path.stat() for path in (*self.images, *([self.label] if self.label else []))]
         return " ".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
+    @abstractmethod
     def read(self) -> Case:
-        raise NotImplementedError
+        """The case. Raises InputError naming the file."""
 
 
 def find(folder: Path, endings: Sequence[str], inside: Path | None = None) -> list[Path]:

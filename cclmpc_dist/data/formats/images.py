@@ -34,10 +34,8 @@ class ImageFile(Files):
             image = np.stack([_resized(channel, options.resize, smooth=True) for channel in image])
             label = label if label is None else _resized(label, options.resize, smooth=False)
         values = normalise(image, options.normalise or Rule("zscore"), path, together=True)
-        return Case(
-            self.key, values.image, label, (1.0, 1.0), {"normalisation": values.said, "unit": "pixel"}, values.scale,
-            values.offset,
-        )  # fmt: skip
+        meta = {"normalisation": values.said, "unit": "pixel"}
+        return Case(self.key, values.image, label, (1.0, 1.0), meta, **values.seen)
 
 
 def images(folder: str | Path, list_file: str | Path | None, options: Options) -> list[Files]:

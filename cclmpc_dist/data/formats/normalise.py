@@ -1,7 +1,6 @@
-"""Intensities -> what the network sees: a clip of the stored values, then value = offset + scale * stored.
+"""Intensities -> what the network sees: value = offset + scale * clip(image, low, high).
 
-The clip happens here, on whole numbers where the file has them; scale and offset are only written down, and applied
-on the device.
+All four numbers are only written down, and applied on the device: the image stays as the file has it.
 """
 
 import math
@@ -20,7 +19,7 @@ KINDS = ("none", "zscore", "percentile", "window")
 @dataclass(frozen=True)
 class Rule:
     """none: values as they are. zscore: zero mean, unit variance over the image. percentile: clipped to the low-th
-    and high-th percentile, then zscore. window: clipped to [low, high], which becomes [0, 1]."""
+    and high-th percentile, then zscore of what is left. window: clipped to [low, high], which becomes [0, 1]."""
 
     kind: str
     low: float = 0.0
@@ -32,12 +31,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Normalised:
-    """image (C, *S) is stored; the network sees offset + scale * image. said: for the sample's JSON."""
+    """image (C, *S) is stored; the network sees offset + scale * clip(image, low, high). said: for the sample's
+    JSON."""
 
     image: np.ndarray
-    scale: float
-    offset: float
     said: dict[str, Any]
+    scale: float = 1.0
+    offset: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def seen(self) -> dict[str, float]:
+        """How the network sees it, as Case takes it."""
+        return {"scale": self.scale, "offset": self.offset, "low": self.low, "high": self.high}
+
+    def applied(self) -> np.ndarray:
+        """What the network sees, float32."""
+        return (self.offset + self.scale * np.clip(self.image, self.low, self.high)).astype(np.float32)
 
 
 def parse_rule(text: str) -> Rule:
@@ -57,56 +68,36 @@ def parse_rule(text: str) -> Rule:
 
 
 def normalise(image: np.ndarray, rule: Rule, path: Path, together: bool = False) -> Normalised:
-    """Apply a rule to a finite image (C, *S), each channel by itself unless `together`.
+    """What a rule makes of a finite image (C, *S), each channel by itself unless `together`.
 
-    Channels that want different scales are stored normalised, as float32. Raises InputError naming the file where
+    Channels that want different numbers are stored normalised, as float32. Raises InputError naming the file where
     a channel is constant.
     """
     if rule.kind == "none":
-        return Normalised(image, 1.0, 0.0, {"rule": "none"})
+        return Normalised(image, {"rule": "none"})
     groups = [image] if together else list(image)
     found = [_one(values, rule, path) for values in groups]
     said: dict[str, Any] = {name: [entry.said[name] for entry in found] for name in found[0].said}
     said |= {"rule": str(rule)}
-    if together:
-        return Normalised(found[0].image, found[0].scale, found[0].offset, said)
-    if len({(entry.scale, entry.offset) for entry in found}) == 1:
-        return Normalised(np.stack([entry.image for entry in found]), found[0].scale, found[0].offset, said)
-    channels = [(entry.offset + entry.scale * entry.image).astype(np.float32) for entry in found]
-    return Normalised(np.stack(channels), 1.0, 0.0, said)
+    if all(entry.seen == found[0].seen for entry in found):
+        return Normalised(image, said, **found[0].seen)
+    return Normalised(np.stack([entry.applied() for entry in found]), said)
 
 
 def _one(values: np.ndarray, rule: Rule, path: Path) -> Normalised:
-    said: dict[str, Any] = {}
-    if rule.kind != "zscore":
-        low, high = _bounds(values, rule)
-        values = _clip(values, low, high)
-        said["clip"] = [float(low), float(high)]
     if rule.kind == "window":
-        scale = 1 / (rule.high - rule.low)
-        return Normalised(values, scale, -rule.low * scale, said)
-    mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+        scale, clip = 1 / (rule.high - rule.low), [rule.low, rule.high]
+        return Normalised(values, {"clip": clip}, scale, -rule.low * scale, rule.low, rule.high)
+    clipped, said, bounds = values, {}, {}
+    if rule.kind == "percentile":
+        # Voxels of the image, not values between two of them: the clip makes no levels that were not there.
+        low, high = np.percentile(values, (rule.low, rule.high), method="nearest").tolist()
+        clipped, said = np.clip(values, low, high), {"clip": [float(low), float(high)]}
+        bounds = {"low": float(low), "high": float(high)}
+    mean, sd = float(clipped.mean(dtype=np.float64)), float(clipped.std(dtype=np.float64))
     if not sd > 0:
         raise InputError(f"{path}: every voxel is {mean:g}{_after(rule)}: leave it out, or take --normalise none")
-    return Normalised(values, 1 / sd, -mean / sd, said | {"mean": mean, "sd": sd})
-
-
-def _bounds(values: np.ndarray, rule: Rule) -> tuple[float, float]:
-    """Between them values stay; whole numbers where the values are."""
-    if rule.kind == "percentile":
-        low, high = np.percentile(values, (rule.low, rule.high), method="nearest").tolist()
-        return low, high
-    if values.dtype.kind in "iu":
-        return math.ceil(rule.low), math.floor(rule.high)
-    return rule.low, rule.high
-
-
-def _clip(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    if values.dtype.kind == "f":
-        return np.clip(values, low, high)
-    limits = np.iinfo(values.dtype)
-    bounds = [int(min(max(bound, limits.min), limits.max)) for bound in (low, high)]
-    return np.clip(values, bounds[0], bounds[1])
+    return Normalised(values, {**said, "mean": mean, "sd": sd}, 1 / sd, -mean / sd, **bounds)
 
 
 def _after(rule: Rule) -> str:
