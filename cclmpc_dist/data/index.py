@@ -8,7 +8,7 @@ file):
     json_at, json_bytes (n)   the sample's JSON
     dtype (n)                 code of the stored image, see DTYPES
     shape (n, 1 + dims)       C and S
-    low, high (n)             -inf, inf where nothing is clipped; in stored units, as are
+    low, high (n)             bounds in stored units; -inf, inf where nothing is clipped
     scale, offset (n)         the network sees offset + scale * clip(stored, low, high)
     spacing (n, dims)         mm
     labelled (n)              1: labelled unless the run's configuration says otherwise;  split (n)  0 train, 1 val
