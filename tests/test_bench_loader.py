@@ -126,7 +126,7 @@ def test_chunks_and_blocks(shape: tuple, patch: tuple, itemsize: int, chunks: li
 @leaves_files_open
 def test_a_run_without_the_extra(tmp_path: Path) -> None:
     found = bench.bench_loader(rivals=("gzip_h5", "webdataset"), workers=(0,), **SMALL)
-    for state, variants in (("cold", set()), ("warm", {"memcpy", "memcpy_hot"})):
+    for state, variants in (("cold", set()), ("warm", {"memcpy", "rows"})):
         rates = [r for r in found if r["metric"] == "core rate" and f"8 batch 4, {state}, 0 w" in r["case"]]
         assert {r["variant"] for r in rates} == variants | {"gzip_h5", "webdataset", "shards", "shards_zstd"}
         assert min(r["value"] for r in rates) > 0

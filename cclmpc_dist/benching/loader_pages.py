@@ -12,7 +12,7 @@ SAID = {
     "shards": "**this project's loader**",
     "shards_zstd": "this project's loader, zstd shards",
     "memcpy": "memcpy of as many bytes from the same maps",
-    "memcpy_hot": "memcpy of as many bytes that the CPU's caches hold",
+    "rows": "copy of a crop's rows, nothing else",
 }
 Values = dict[tuple[str, int, str, str], float]  # state, workers, variant, metric
 

@@ -6,6 +6,7 @@ the stored types: normalisation is the device's. Layout: b batch, C channels, S 
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from cclmpc_dist.data.bench_clock import Gate
 from cclmpc_dist.data.bench_files import Files, Pair, blosc2
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Batch, Crop, Stream, loader
-from cclmpc_dist.data.reader import Reader, region
+from cclmpc_dist.data.reader import Reader, copy_rows, region
 
 BUFFER = 100  # samples, and shards, that webdataset shuffles among
 PRELOADED = [__name__, "h5py", "webdataset", "blosc2"]  # so that no worker spends its time on imports
@@ -51,7 +52,7 @@ def sides(files: Files, rivals: Sequence[str], patch: tuple[int, ...], batch: in
         "shards": Shards(files.shards, patch, batch),
         "shards_zstd": Shards(files.shards_zstd, patch, batch),
         "memcpy": Memcpy(files.shards, patch, batch),
-        "memcpy_hot": Memcpy(files.shards, patch, batch, volumes=1),
+        "rows": Rows(files.shards, patch, batch),
     }
 
 
@@ -223,24 +224,33 @@ class _HeldStream(Stream):
 
 
 class Memcpy:
-    """As many bytes as crops have, copied in one piece from the mapped shards into one batch's memory, and nothing
-    else: from all volumes in turn, or from the first `volumes`, which caches of the CPU then hold."""
+    """As many bytes as crops have, copied in one piece from the mapped shards into one batch's memory, all volumes in
+    turn, and nothing else."""
 
-    def __init__(self, index: Index, patch: tuple[int, ...], batch: int, volumes: int | None = None) -> None:
+    def __init__(self, index: Index, patch: tuple[int, ...], batch: int) -> None:
         self.index, self.patch, self.batch, self.files = index, patch, batch, shard_paths(index)
-        self.volumes = volumes or len(index)
 
     def batches(self, workers: int, gate: Gate, passes: int) -> Run:
         assert workers == 0
         gate.wait()
-        reader, size = Reader(self.index), math.prod(self.patch)
-        volumes = [(reader.image(row), reader.label(row)) for row in range(self.volumes)]
-        flat = [[values.reshape(-1)[:size] for values in volume] for volume in volumes]
-        out = [np.empty((self.batch, size), values.dtype) for values in flat[0]]
-        given = tuple(torch.from_numpy(values.reshape(self.batch, *self.patch)) for values in out)
-        for step in range(passes * -(-len(self.index) // self.batch)):
+        reader, rng = Reader(self.index), np.random.default_rng(0)
+        volumes = [(reader.image(row), reader.label(row)[None]) for row in range(len(self.index))]
+        sources = [[self.source(values, rng) for values in volume] for volume in volumes]
+        out = [np.empty((self.batch, *source.shape), source.dtype) for source in sources[0]]
+        given = [torch.from_numpy(values) for values in out]
+        for step in range(passes * -(-len(sources) // self.batch)):
             for place in range(self.batch):
-                source = flat[(step * self.batch + place) % self.volumes]
-                for target, values in zip(out, source, strict=True):
-                    target[place, : len(values)] = values
+                for target, source in zip(out, sources[(step * self.batch + place) % len(sources)], strict=True):
+                    copy_rows(target[place], source)
             yield given[0], given[1]
+
+    def source(self, volume: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What is copied of a volume (C, *S)."""
+        return volume.reshape(-1)[: math.prod(self.patch)]
+
+
+class Rows(Memcpy):
+    """The bytes of crops, copied row by row from where they lie, neither turned nor flipped, and nothing else."""
+
+    def source(self, volume: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return cut(volume, replace(drawn(rng, volume.shape[1:], self.patch), size=self.patch, turns=0, flips=()))
