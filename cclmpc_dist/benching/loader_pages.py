@@ -70,5 +70,6 @@ def bars(report: dict[str, Any], state: str, axis: Any) -> None:
         axis.barh([row + place * height for row in range(len(names))], rates, height, label=f"{count} workers")
     axis.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=8)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="crops a CPU second", title=f"{state}: {STATES[state]}")
+    axis.set(xscale="log", xlim=(10, None), xlabel="crops a CPU second", title=f"{state}: {STATES[state]}")
+    axis.xaxis.set_minor_formatter("")
     axis.legend(fontsize=7)
