@@ -44,14 +44,17 @@ def test_rates_and_ratios() -> None:
 
 
 def test_the_clock_counts_what_processes_below_compute() -> None:
-    script = "import time\nprint(flush=True)\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    compute = "end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    script = f"import time\ninput()\n{compute}\nprint(flush=True)\ninput()"
     command = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdout.readline()
         before = Usage.now()
+        process.stdin.write("\n")
+        process.stdin.flush()
         process.stdout.readline()
-        assert 0.15 < Usage.now().since(before).cpu < 5
+        assert 0.3 <= Usage.now().since(before).cpu < 5
         process.communicate("\n")
 
 
@@ -68,7 +71,7 @@ def test_the_page_cache_forgets_and_remembers(tmp_path: Path) -> None:
         remember([file])
         read.append(Usage.now().since(before).read)
     assert read[0] >= 1 << 22
-    assert read[1] == 0
+    assert read[1] < 1 << 22
 
 
 def test_a_gate_opens_when_all_wait_and_the_files_are_prepared(tmp_path: Path) -> None:
