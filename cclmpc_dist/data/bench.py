@@ -74,8 +74,8 @@ def _rounds(
 
 
 def take(side: Side, workers: int, samples: int, seconds: float | None) -> tuple[int, Usage]:
-    """Crops, and what they took: whole passes over `samples` samples for `seconds` after as much of a warm-up as is
-    due, the files in the page cache; without seconds one pass, the files not there."""
+    """Crops, and what they took: whole passes over `samples` samples, `seconds` long after a warm-up, the files in the
+    page cache; without seconds one pass, the files not there."""
     with tempfile.TemporaryDirectory() as folder:
         gate = Gate(Path(folder))
         opening = gate.open(max(1, workers), partial(forget if seconds is None else remember, side.files))
