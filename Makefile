@@ -25,12 +25,12 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
-# The tests that need real daemons, on the loopback, or DeepSpeed: installs Slurm and nginx where it may, Ray, DeepSpeed
-# and an S3 server.
+# The tests that need real daemons, on the loopback, or DeepSpeed: installs Slurm and nginx where it may, Ray, DeepSpeed,
+# an S3 server and blosc2.
 test-cluster: setup
 	bash tests/slurm_install.sh
 	bash tests/nginx_install.sh
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,dev,ray,remote,s3-test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,deepspeed,dev,ray,remote,s3-test]"
 	$(BIN)/python -m pytest -m cluster
 
 lint: setup

@@ -25,13 +25,27 @@ Ranks = Annotated[int | None, typer.Option(min=2, help="start so many ranks here
 def bench_loader(
     la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5; unset takes phantoms")] = None,
     list_file: Annotated[Path | None, typer.Option("--list", help="file that names the cases")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
+    rivals: Annotated[
+        str, typer.Option(help="what the loader is measured beside; blosc2 needs the extra `bench`")
+    ] = "gzip_h5,webdataset,blosc2",
+    workers: Annotated[str, typer.Option(help="numbers of loader processes")] = "0,1,2",
+    cases: Annotated[int, typer.Option(min=1, help="volumes, the first ones")] = 24,
+    seconds: Annotated[float, typer.Option(min=0.01, help="least time of a measurement")] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
     out: Out = None,
 ) -> None:
-    """Crops a second, on one core: shards, UA-MT's h5 way, a bare memcpy."""
+    """Crops a second and CPU second: shards, UA-MT's h5 way, webdataset, blosc2, a bare memcpy; cold and warm.
+
+    Files are written to the folder for temporary files (TMPDIR), which should lie on a disk.
+    """
     from cclmpc_dist.data.bench import bench_loader as measure
 
-    _record(measure(la, list_file, repeats=repeats), out)
+    if not all(part.isdigit() for part in workers.split(",")):
+        raise InputError(f"--workers {workers}: write numbers of processes with commas between, as in 0,1,2")
+    counts = sorted({int(part) for part in workers.split(",")})
+    records = measure(la, list_file, rivals=rivals.split(","), workers=counts, cases=cases, seconds=seconds,
+                      repeats=repeats)  # fmt: skip
+    _record(records, out)
 
 
 @bench.command("store")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from corpora import numbered, write
 
-from cclmpc_dist.data import bench, draws
+from cclmpc_dist.data import draws
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index, select
 from cclmpc_dist.data.loader import Stream, loader, to_device
@@ -341,22 +341,3 @@ def test_streams_of_a_selection_do_not_meet(corpus):
     lanes = [(step, lane) for step in range(12) for lane in range(4)]
     rows = [{drawn(data, *place)[0] for place in lanes} for data in (labelled, unlabelled)]
     assert rows == [{0, 1, 2}, set(range(4, 14))]
-
-
-def test_bench_compares_in_one_run():
-    records = bench.bench_loader(patch=(16, 16, 8), cases=2, repeats=1, steps=2, size=24)
-    rates = {r["variant"]: r["value"] for r in records if r["metric"] == "rate"}
-    assert set(rates) == {"gzip_h5", "shards", "shards_zstd", "memcpy"}
-    assert min(rates.values()) > 0
-    for r in records:
-        if r["metric"] == "over gzip_h5":
-            assert r["value"] == pytest.approx(rates[r["variant"]] / rates["gzip_h5"])
-        if r["metric"] == "share of memcpy":
-            assert r["value"] == pytest.approx(rates[r["variant"]] / rates["memcpy"])
-
-
-def test_the_rival_makes_the_same_kind_of_crop(tmp_path):
-    path = bench._write_h5(tmp_path, numbered(1, shape=(12, 11, 9))[0])
-    image, label = bench.h5_crop(path, (8, 12, 9), np.random.default_rng(0))
-    assert (image.shape, image.dtype) == ((1, 8, 12, 9), torch.float32)
-    assert (label.shape, label.dtype) == ((8, 12, 9), torch.int64)

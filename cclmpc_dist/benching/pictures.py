@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from cclmpc_dist.benching import loader_pages
 from cclmpc_dist.benching.step import LOADING, PARTS
 from cclmpc_dist.benching.tables import Cells, ranks
 
 
 def draw(report: dict[str, Any], file: Path) -> bool:
     """Write the plots that there are for such a report; whether there are any."""
-    drawers = {"scale": _scale, "step": _step, "allreduce": _all_reduce}
+    drawers = {"scale": _scale, "step": _step, "allreduce": _all_reduce, "loader": _loader, "served": _served}
     bench = report["records"][0]["bench"]
     if bench not in drawers:
         return False
@@ -19,7 +20,7 @@ def draw(report: dict[str, Any], file: Path) -> bool:
     from matplotlib import pyplot
 
     cells = Cells(report)
-    count = 2 + bool(cells.predicted()) if bench == "scale" else 1
+    count = {"scale": 2 + bool(cells.predicted()), "loader": 2}.get(bench, 1)
     figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4), layout="constrained", squeeze=False)
     drawers[bench](cells, list(axes[0]))
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -87,3 +88,21 @@ def _all_reduce(cells: Cells, axes: list[Any]) -> None:
     axes[0].plot(sizes, [alpha + beta * size for size in sizes], label=f"{alpha:.3g} s + {beta:.3g} s/B")
     axes[0].set(xscale="log", yscale="log", xlabel="bytes", ylabel="s", title=f"all-reduce, {case}")
     axes[0].legend()
+
+
+def _loader(cells: Cells, axes: list[Any]) -> None:
+    for axis, state in zip(axes, loader_pages.STATES, strict=True):
+        loader_pages.bars(cells.report, state, axis)
+
+
+def _served(cells: Cells, axes: list[Any]) -> None:
+    """The cache's size and the ranks' memory over time."""
+    series, (case,) = cells.report["series"], cells.variants
+    for name, values in series.items():
+        if name != "seconds":
+            axes[0].plot(series["seconds"], values, label=name, linewidth=1)
+    for metric, style in (("limit", ":"), ("limit and blocks in use", "--")):
+        axes[0].axhline(cells.values[case, "cache", metric], color="grey", linestyle=style, label=f"cache, {metric}")
+    axes[0].set(xlabel="s", ylabel="MB", ylim=(0, None), title=case)
+    axes[0].title.set_fontsize(8)
+    axes[0].legend(fontsize=6)

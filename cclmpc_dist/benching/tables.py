@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cclmpc_dist.benching import loader_pages
 from cclmpc_dist.benching.step import LOADING, PARTS
 
 SPEED = (
@@ -57,6 +58,8 @@ def page(report: dict[str, Any]) -> str:
         body = [*scaling(cells), *milliseconds(cells, cases), *prediction(cells)]
     elif bench == "step":
         body = [*speed(cells), *milliseconds(cells, list(cells.variants))]
+    elif bench == "loader":
+        body = loader_pages.table(report)
     else:
         body = plain(report)
     return "\n".join([*head(report), *body])

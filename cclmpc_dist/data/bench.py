@@ -1,141 +1,124 @@
-"""How many crops a second one process makes: from the source's gzip HDF5 files, and from shards."""
+"""How many crops a second and core: from shards, and from what others keep their volumes in."""
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from cclmpc_dist.data import phantom, shards
-from cclmpc_dist.data.case import Case
-from cclmpc_dist.data.encode import Compression
-from cclmpc_dist.data.formats.h5 import LA_FILE, la_h5
-from cclmpc_dist.data.index import select
-from cclmpc_dist.data.loader import Batch, Stream
+from cclmpc_dist.data.bench_clock import Gate, Usage, forget, remember
+from cclmpc_dist.data.bench_files import blosc2, lay_out
+from cclmpc_dist.data.bench_sides import Memcpy, Run, Side, sides
+from cclmpc_dist.errors import InputError
+
+RIVALS = ("gzip_h5", "webdataset", "blosc2")
+OURS = "shards"
+UNIT, CORE = "crops/s", "crops/CPU s"
+Taken = dict[str, list[tuple[int, Usage]]]  # side: of each round the crops, and what they took
+ENDLESS = 1 << 20  # passes
+WARM_UP = 0.3  # seconds
+MB = 1e6
 
 
 def bench_loader(
     folder: str | Path | None = None,
     list_file: str | Path | None = None,
     *,
+    rivals: Sequence[str] = RIVALS,
+    workers: Sequence[int] = (0, 1, 2),
     patch: tuple[int, int, int] = (112, 112, 80),
     batch: int = 4,
-    cases: int = 16,
-    repeats: int = 7,
-    steps: int = 100,
+    cases: int = 24,
+    repeats: int = 3,
+    seconds: float = 1.0,
     size: int = 128,
+    shard_bytes: int = 16 << 20,
 ) -> list[dict[str, Any]]:
-    """Crops (image and label) a second, four ways in turn, the median of `repeats`; one thread, files in the
-    page cache.
+    """Crops (image and label) of every side in turn, the median of `repeats` rounds; a thread a process.
 
-    gzip_h5: UA-MT's way, one whole volume read, turned and flipped for a crop. shards, shards_zstd: `batch`
-    crops by Stream.batch, all draws and the collation included, as stored (normalisation happens on the
-    device). memcpy: the copy of that same batch and nothing else. folder: an la-h5 corpus, its first `cases`
-    are used; unset, phantoms of about
-    `size` voxels an axis.
+    Sides are those of bench_sides: `rivals` and this project's. warm: files in the page cache; whole passes over the
+    corpus, `seconds` long at least. cold: one pass with the files dropped from the page cache before. folder: an
+    la-h5 corpus, its first `cases` are used; unset, phantoms of about `size` voxels an axis. Raises InputError.
     """
+    if unknown := set(rivals) - set(RIVALS):
+        raise InputError(f"--rivals {','.join(sorted(unknown))}: there are {', '.join(RIVALS)}: name some of these")
+    if "blosc2" in rivals:
+        blosc2()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        name = "LA" if folder else "phantom"
-        files = _files(Path(work), folder, list_file, cases, size)
-        ways = _ways(Path(work), files, patch, batch)
-        rates: dict[str, list[float]] = {variant: [] for variant in ways}
-        for _ in range(repeats):
-            for variant, (make, crops, share) in ways.items():
-                rates[variant].append(crops * _rate(make, max(2, steps // share)))
+        files = lay_out(Path(work), folder, list_file, cases, size, patch, shard_bytes, "blosc2" in rivals)
+        ways = sides(files, rivals, patch, batch)
+        found = _rounds(ways, len(files.h5), workers, repeats, seconds)
     torch.set_num_threads(threads)
-    case = f"{name} {'x'.join(map(str, patch))} batch {batch}"
-    return _records(case, {variant: median(values) for variant, values in rates.items()})
+    return records(f"{'LA' if folder else 'phantom'} {'x'.join(map(str, patch))} batch {batch}", found)
 
 
-def _records(case: str, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Crops a second of each variant, and the ratio to the two it is compared with."""
-    records = []
-    for variant, rate in rates.items():
-        for metric, value, unit in (
-            ("rate", rate, "crops/s"),
-            ("over gzip_h5", rate / rates["gzip_h5"], "x"),
-            ("share of memcpy", rate / rates["memcpy"], "fraction"),
-        ):
-            record = {"bench": "loader", "case": case, "variant": variant, "metric": metric}
-            records.append(record | {"value": value, "unit": unit})
-    return records
+def _rounds(
+    ways: dict[str, Side], samples: int, workers: Sequence[int], repeats: int, seconds: float
+) -> dict[tuple[str, int], Taken]:
+    """What every side took, by state of the page cache and number of workers."""
+    found: dict[tuple[str, int], Taken] = {}
+    for _ in range(repeats):
+        for count in workers:
+            for state, window in (("cold", None), ("warm", seconds)):
+                taken = found.setdefault((state, count), {})
+                for name, side in ways.items():
+                    if not (isinstance(side, Memcpy) and (count or state == "cold")):
+                        taken.setdefault(name, []).append(take(side, count, samples, window))
+    return found
 
 
-def _rate(make: Callable[[int], object], steps: int) -> float:
-    make(0)
-    begin = time.perf_counter()
-    for step in range(steps):
-        make(step)
-    return steps / (time.perf_counter() - begin)
+def take(side: Side, workers: int, samples: int, seconds: float | None) -> tuple[int, Usage]:
+    """Crops, and what they took: whole passes over `samples` samples, `seconds` long after a warm-up, the files in the
+    page cache; without seconds one pass, the files not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        gate = Gate(Path(folder))
+        opening = gate.open(max(1, workers), partial(forget if seconds is None else remember, side.files))
+        batches = side.batches(workers, gate, 1 if seconds is None else ENDLESS)
+        if seconds is not None:
+            _consume(batches, samples, WARM_UP)
+        begin = Usage.now()
+        crops = _consume(batches, samples, seconds or 0.0)
+        taken = Usage.now().since(opening.usage if seconds is None else begin)
+        batches.close()
+    return crops, taken
 
 
-def _ways(
-    work: Path, files: list[Path], patch: tuple[int, int, int], batch: int
-) -> dict[str, tuple[Callable[[int], object], int, int]]:
-    """By variant: what makes crops at a step, how many, and by how much it is slower, so takes fewer
-    steps."""
-    raw, packed = (_stream(work / compress, files, patch, batch, compress) for compress in ("none", "zstd"))
-    rng = np.random.default_rng(0)
-    source = raw.batch(0, range(batch))
-    target = {name: source[name].clone() for name in ("image", "label")}
-    return {
-        "gzip_h5": (lambda step: h5_crop(files[step % len(files)], patch, rng), 1, 10),
-        "shards": (lambda step: raw.batch(step, range(batch)), batch, 1),
-        "shards_zstd": (lambda step: packed.batch(step, range(batch)), batch, 10),
-        "memcpy": (lambda step: _copy(source, target), batch, 1),
-    }
+def _consume(batches: Run, samples: int, seconds: float) -> int:
+    """Crops of whole passes, `seconds` long at least."""
+    crops, end = 0, time.perf_counter() + seconds
+    for image, _ in batches:
+        before, crops = crops, crops + len(image)
+        if crops // samples > before // samples and time.perf_counter() >= end:
+            break
+    return crops
 
 
-def _copy(source: Batch, target: Batch) -> None:
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
-
-
-def _stream(out: Path, files: list[Path], patch: tuple[int, ...], batch: int, compress: Compression) -> Stream:
-    keys = out.with_name(out.name + ".list")
-    keys.write_text("\n".join(file.parent.name for file in files))
-    cases = la_h5(files[0].parent.parent, keys)
-    index = shards.write(cases, out, source="bench", compress=compress)
-    return Stream(index, "labelled", select(index, None)["labelled"], batch, 0, patch, with_label=True)
-
-
-def _files(work: Path, folder: str | Path | None, list_file: str | Path | None, count: int, size: int) -> list[Path]:
-    if folder is not None:
-        keys = [file.key for file in la_h5(folder, list_file)[:count]]
-        return [Path(folder) / key / LA_FILE for key in keys]
-    return [_write_h5(work / "h5", phantom.case(number, size=size)) for number in range(count)]
-
-
-def _write_h5(folder: Path, case: Case) -> Path:
-    """A case as UA-MT stores one: chunked, gzip."""
-    import h5py
-
-    path = folder / case.key / LA_FILE
-    path.parent.mkdir(parents=True)
-    with h5py.File(path, "w") as file:
-        file.create_dataset("image", data=case.image[0], compression="gzip")
-        file.create_dataset("label", data=case.label, compression="gzip")
-    return path
-
-
-def h5_crop(path: Path, patch: tuple[int, ...], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """One crop as UA-MT's loader makes it (Yu et al., MICCAI 2019): read the file, quarter turns, a flip of
-    axis 0 or 1, pad with zeros, crop, tensors."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        arrays = [file["image"][:], file["label"][:]]
-    turns, axis = int(rng.integers(4)), int(rng.integers(2))
-    arrays = [np.flip(np.rot90(values, turns), axis).copy() for values in arrays]
-    short = [max(0, size - full) for size, full in zip(patch, arrays[0].shape, strict=True)]
-    arrays = [np.pad(values, [(s // 2, s - s // 2) for s in short]) for values in arrays]
-    start = [int(rng.integers(full - size + 1)) for size, full in zip(patch, arrays[0].shape, strict=True)]
-    part = tuple(slice(a, a + size) for a, size in zip(start, patch, strict=True))
-    image, label = (values[part] for values in arrays)
-    return torch.from_numpy(image[None].astype(np.float32)), torch.from_numpy(label.astype(np.int64))
+def records(corpus: str, found: dict[tuple[str, int], Taken]) -> list[dict[str, Any]]:
+    """Of every side crops a second, crops a CPU second and the MB a crop that the disk gave, median and samples; of
+    this project's loader both rates over those of the rivals and of copying."""
+    made = []
+    for (state, workers), taken in found.items():
+        head = {"bench": "loader", "case": f"{corpus}, {state}, {workers} workers"}
+        wall, core, disk = (
+            {name: [measure(*one) for one in rounds] for name, rounds in taken.items()}
+            for measure in (
+                lambda n, used: n / used.wall,
+                lambda n, used: n / used.cpu,
+                lambda n, used: used.read / MB / n,
+            )
+        )
+        for metric, values, unit in (("rate", wall, UNIT), ("core rate", core, CORE), ("disk", disk, "MB/crop")):
+            for name, samples in values.items():
+                record = {"variant": name, "metric": metric, "value": median(samples), "unit": unit}
+                made.append(head | record | {"samples": samples})
+        for rival in [name for name in taken if name != OURS]:
+            for metric, values in (("over", wall), ("core over", core)):
+                ratio = median(values[OURS]) / median(values[rival])
+                made.append(head | {"variant": OURS, "metric": f"{metric} {rival}", "value": ratio, "unit": "x"})
+    return made
