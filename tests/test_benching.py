@@ -201,7 +201,7 @@ def report_of(rounds: dict[int, list[float]], crowding: float = 1.0) -> list[dic
             sizes["product_seconds"] = crowding if world == 2 else 1.0
             records = step.to_records(ranks, sizes, {LOADING: 10**9}, PEAK)
             if world > 1:
-                records += allreduce.to_records((1000, 10**6), [1.01e-3, 2e-3], world)
+                records += allreduce.to_records((1000, 10**6), [[1.01e-3], [2e-3]], world)
             parts.append(
                 {
                     "meta": META | {"config": config.model_dump(mode="json")},

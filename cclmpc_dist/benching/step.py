@@ -20,6 +20,7 @@ from cclmpc_dist.benching.clock import COLLECTIVES, Clock
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.records import repeated
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 from cclmpc_dist.training.throughput import (
@@ -232,7 +233,7 @@ def _rates(kind: str, seconds: list[float], sizes: dict[str, Any], flops: int, t
     middle = median(seconds)
     low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (middle,) * 3
     return [
-        _record(kind, "seconds", middle, "s"),
+        {"variant": kind, "metric": "seconds", "unit": "s"} | repeated(seconds),
         _record(kind, "seconds_q25", low, "s"),
         _record(kind, "seconds_q75", high, "s"),
         _record(kind, "images_per_second", sizes["images"] / middle, "images/s"),

@@ -89,8 +89,14 @@ def environment(world_size: int) -> dict[str, Any]:
         "threads_per_process": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
     }
+
+
+def command() -> list[str]:
+    """What this process was started as; `python -m cclmpc_dist` is cclmpc."""
+    program = Path(sys.argv[0])
+    return ["cclmpc" if program.name == "__main__.py" else program.name, *sys.argv[1:]]
 
 
 def _is_of(line: str, step: int) -> bool:
