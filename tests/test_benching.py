@@ -69,7 +69,8 @@ def test_training_counts_each_set_of_terms_once() -> None:
     layer, x = nn.Linear(30, 40, bias=False), torch.rand(7, 30)
     meter, few, all_ = Meter(torch.device("cpu"), "bf16"), frozenset({"sup"}), frozenset({"sup", "cgcl"})
     assert meter.watch(few, lambda: 5) == 5
-    assert meter.performance(1.0) == {}, "no data sheet, no MFU"
+    assert meter.performance(1.0) == {}, "it warms up"
+    assert meter.peak is None
     meter.peak = PEAK
     for _ in range(3):
         meter.watch(few, lambda: layer(x))
@@ -77,6 +78,21 @@ def test_training_counts_each_set_of_terms_once() -> None:
     one = 3 * 2 * 7 * 30 * 40
     assert meter.performance(2.0) == {"perf/mfu": (3 * one + 2 * one) / 2.0 / 2e12}
     assert meter.performance(2.0) == {"perf/mfu": 0.0}, "what was told is not told again"
+
+
+def test_mfu_begins_after_warm_up_with_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "WARMUP", 2)
+    monkeypatch.setattr(throughput, "EDGE", 64)
+    layer, x = nn.Linear(30, 40, bias=False), torch.rand(7, 30)
+    meter = Meter(torch.device("cpu"), "fp32")
+    for _ in range(2):
+        assert meter.performance(1.0) == {}
+        meter.watch(frozenset(), lambda: layer(x))
+    assert meter.performance(1.0) == {}, "its steps were not counted"
+    assert meter.peak is not None
+    assert "64 x 64" in meter.peak.source
+    meter.watch(frozenset(), lambda: layer(x))
+    assert meter.performance(2.0) == {"perf/mfu": 3 * 2 * 7 * 30 * 40 / 2.0 / meter.peak.flops}
 
 
 def test_a_windows_rates() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from cclmpc_dist.config import parse
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.training import profiling, trainer
+from cclmpc_dist.training import profiling, throughput, trainer
 
 SHORT = {"data__batch_labelled": 2, "data__batch_unlabelled": 2, "budget__images": 12}  # three steps
 WINDOW = {"profile__after": 1, "profile__steps": 1}
@@ -29,10 +29,13 @@ def events(file: Path) -> list[dict[str, Any]]:
 
 
 def test_a_watched_run_ends_with_the_same_bits_and_leaves_a_trace(
-    toy_corpus: Path, tmp_path: Path, alone: None, capfd: pytest.CaptureFixture[str]
+    toy_corpus: Path, tmp_path: Path, alone: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does counting FLOPs change a bit, which the second run does from its second step on."""
+    monkeypatch.setattr(throughput, "EDGE", 64)
     watched = {"name": "watched", "profile__trace": True, "profile__memory": True} | WINDOW
-    for changes in ({}, watched):
+    for changes, warmup in (({}, 99), (watched, 1)):
+        monkeypatch.setattr(throughput, "WARMUP", warmup)
         assert trainer.train(config(toy_corpus, tmp_path, **changes))
     last = "checkpoints/step-000000003"
     toy.assert_same(toy.tensors(tmp_path / "toy" / last), toy.tensors(tmp_path / "watched" / last))
@@ -45,6 +48,7 @@ def test_a_watched_run_ends_with_the_same_bits_and_leaves_a_trace(
     assert len({name for name in names if name.startswith("ProfilerStep#")}) == 1
     said = capfd.readouterr().err
     assert "aten::convolution_backward" in said
+    assert [said.count(text) for text in (" samples/s", " mfu ")] == [6, 2]
     assert said.split("operator ")[1].split()[:4] == ["calls", "ms", "share", "MiB"]
     assert "data wait" in said.split("ms a step on the host")[1].splitlines()[0]
 

@@ -253,6 +253,7 @@ class Trainer:
         """One optimiser step, or a step that all ranks skip. Returns its scalars: means over the microbatches."""
         before = [buffer.clone() for buffer in self.buffers]
         weights = self.method.weights(self.step)
+        active = frozenset(name for name in weights if weights[name] > 0)
         parts = self.config.accumulate
         sums: dict[str, Tensor] = {}
         self.lr = rate(self.config.optim, self.step, self.totals[self.phase], self._images)
@@ -266,7 +267,7 @@ class Trainer:
             with self.strategy.microbatch(last=micro + 1 == parts):
                 with record_function("losses"):
                     forward = partial(self.method.terms, self.strategy.wrapped, batch, self.step)
-                    terms, metrics = self.meter.watch(frozenset(name for name in weights if weights[name] > 0), forward)
+                    terms, metrics = self.meter.watch(active, forward)
                     loss, logged = objective(terms, weights, metrics | self._flags(batch))
                 with record_function("backward"):
                     self.strategy.backward(loss / parts, logged["loss/total"])
