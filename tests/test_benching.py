@@ -245,6 +245,12 @@ def test_efficiency_is_round_by_round_and_the_prediction_stands_beside_it() -> N
     assert "no GPU here; assumed" in page
 
 
+def test_a_strong_scaling_leaves_out_ranks_that_do_not_divide_the_batches() -> None:
+    config = parse(toy.settings(Path("d"), Path("r"), data__batch_labelled=4, data__batch_unlabelled=2), "toy")
+    assert [scale.fits(config, "strong", world) for world in (1, 2, 3, 4)] == [True, True, False, False]
+    assert scale.fits(config, "weak", 3)
+
+
 def test_ranks_that_crowd_their_cores_are_predicted_slower() -> None:
     predicted = []
     for crowding in (1.0, 1.25):
@@ -323,15 +329,18 @@ def test_two_real_ranks_of_which_one_is_slow(toy_corpus: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_bench_scale_starts_its_ranks_and_writes_table_and_plot(toy_corpus: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "c.yaml", tmp_path / "o" / "scale.json"
-    batches = {"data__batch_labelled": 1, "data__batch_unlabelled": 1}
+    batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
     config.write_text(yaml.safe_dump(toy.settings(toy_corpus, tmp_path, **batches)))
     options = ["--ranks", "1,2", "--mode", "both", "--steps", "2", "--rounds", "1", "--predict"]
     said = toy.run(1, "bench", "scale", str(config), *options, "--out", str(out))
-    assert "strong scaling, 2 ranks: left out" in said
+    assert "## Strong scaling" in said
+    assert said.count("x the fastest's own time") == 2, "the slowest rank of each mode's two"
     assert said.count("## Where the milliseconds go") == 1
     report = files.read(out)
     cases = {r["case"] for r in report["records"] if r["variant"] == "sizes"}
-    assert cases == {"weak 1", "weak 2", "strong 1"}
+    assert cases == {"weak 1", "weak 2", "strong 1", "strong 2"}
+    images = {r["case"]: r["value"] for r in report["records"] if (r["variant"], r["metric"]) == ("sizes", "images")}
+    assert images == {"weak 1": 4, "weak 2": 8, "strong 1": 4, "strong 2": 4}
     assert all(math.isfinite(r["value"]) for r in report["records"])
     assert {path.name for path in out.parent.iterdir()} == {"scale.json", "scale.md", "scale.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"c.yaml", "o"}

@@ -28,12 +28,12 @@ def bench_store(url: str, folder: Path, *, repeats: int = 5) -> list[dict[str, A
     """
     if shutil.which("curl") is None or not url.startswith("http"):
         raise InputError(f"{url}: is compared with curl: install it, and give a http(s) URL")
-    rates: dict[str, list[float]] = {}
-    for _ in range(repeats):
+    rounds = []
+    for _ in range(1 + repeats):
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            for variant, rate in _round(url, Path(work)).items():
-                rates.setdefault(variant, []).append(rate)
-    return _records(rates)
+            rounds.append(_round(url, Path(work)))
+    kept = rounds[1:]  # the first warms up
+    return _records({variant: [one[variant] for one in kept] for variant in kept[0]})
 
 
 def _round(url: str, work: Path) -> dict[str, float]:
