@@ -105,7 +105,7 @@ def _parts(
     ranks = [str(2**power) for power in range(8) if 2**power <= (cards or 2)]
     yield Part("loader", _verb("loader", *volumes, *named), f"volumes of {la}" if la else "phantoms, without --la", 1)
     yield Part("eval", _verb("eval", *volumes), f"labels of {la}" if la else "random blobs, without --la", 1)
-    yield Part("contrast", _verb("contrast", f"--device={'cuda' if cards else 'cpu'}"), "random features")
+    yield Part("contrast", _verb("contrast", f"--device={'cuda' if cards else 'cpu'}"), "random features", 1)
     yield Part("checkpoint", _verb("checkpoint", f"--folder={folder}"), "phantoms, files in this folder")
     yield Part(f"step_{name}", _verb("step", str(path), *overrides, f"--steps={STEPS}"), data)
     script = SCRIPTS / "plain_step.py"

@@ -124,24 +124,23 @@ def _contrast(report: dict[str, Any], figure: Any) -> bool:
 
 
 def _repeated(report: dict[str, Any], figure: Any) -> bool:
-    """A bar for every record that was measured repeatedly, from the least to the most; a panel a metric."""
-    metrics: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """A bar for every record that was measured repeatedly, from the least to the most; a panel a unit."""
+    units: dict[str, list[dict[str, Any]]] = {}
     for record in report["records"]:
         if "samples" in record:
-            metrics.setdefault((record["metric"], record["unit"]), []).append(record)
-    if not metrics:
+            units.setdefault(record["unit"], []).append(record)
+    if not units:
         return False
-    most = max(map(len, metrics.values()))
-    axes = panels(figure, 1, len(metrics), 6, 1 + 0.22 * most)
-    several = len({record["case"] for record in report["records"]}) > 1
-    for axis, ((metric, unit), records) in zip(axes, metrics.items(), strict=True):
-        names = [f"{r['case']}, {r['variant']}" if several else r["variant"] for r in records]
+    axes = panels(figure, 1, len(units), 8, 1 + 0.25 * max(map(len, units.values())))
+    for axis, (unit, records) in zip(axes, units.items(), strict=True):
+        told = [name for name in ("case", "variant", "metric") if len({r[name] for r in records}) > 1]
+        names = [", ".join(r[name] for name in told) for r in records]
         values = [r["value"] for r in records]
         spread = [[r["value"] - min(r["samples"]) for r in records], [max(r["samples"]) - r["value"] for r in records]]
         axis.barh(range(len(records)), values, xerr=spread, capsize=2, color="C0", ecolor="black")
         axis.set_yticks(range(len(records)), names, fontsize=7)
         axis.invert_yaxis()
-        axis.set(xlabel=unit, title=f"{metric.replace('_', ' ')}: median, least and most")
+        axis.set(xlabel=unit, title="median, least and most")
         if min(values) > 0 and max(values) > 50 * min(values):
             axis.set_xscale("log")
     return True

@@ -165,10 +165,14 @@ def prediction(cells: Cells) -> list[str]:
 def plain(report: dict[str, Any]) -> list[str]:
     """One line a record; of what was repeated the median with the least and the most."""
     lines = ["| case | variant | metric | value (least - most, repeats) | unit |", "|---|---|---|---|---|"]
-    return lines + [
-        f"| {r['case']} | {r['variant']} | {r['metric']} | {r['value']:.4g}{_spread(r)} | {r['unit']} |"
-        for r in report["records"]
-    ]
+    return (
+        lines
+        + [
+            f"| {r['case']} | {r['variant']} | {r['metric']} | {r['value']:.4g}{_spread(r)} | {r['unit']} |"
+            for r in report["records"]
+        ]
+        + [""]
+    )
 
 
 def _spread(record: dict[str, Any]) -> str:
