@@ -71,7 +71,8 @@ def bench_all(
         outcomes = [_measured(part, folder, say)]
     for part in _parts(path, config.name, [*overrides, *settings], la, list_file, folder, data):
         outcomes.append(_measured(part, folder, say))
-    total = f"{len(outcomes)} benchmarks in {duration(time.monotonic() - began)}"
+    taken = sum(one.seconds is not None for one in outcomes)
+    total = f"{taken} benchmarks in {duration(time.monotonic() - began)}, {len(outcomes) - taken} left out"
     (folder / "report.md").write_text(_report(outcomes, total, folder))
     say(f"{total}: {folder / 'report.md'}")
     return not any(one.failed for one in outcomes)
