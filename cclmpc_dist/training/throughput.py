@@ -14,7 +14,7 @@ TERA = 1e12
 Result = TypeVar("Result")
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
-WARMUP = 20  # microbatches of a process before its MFU is told
+WARMUP = 50  # microbatches of a process before its MFU is told
 
 
 @dataclass(frozen=True)
