@@ -1,5 +1,6 @@
 """profile.trace and profile.memory: what they write, and that nothing else changes."""
 
+import gc
 import gzip
 import json
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_a_gpu_has_a_snapshot_at_the_end_of_the_window_and_where_memory_runs_out
 ) -> None:
     assert trainer.train(config(toy_corpus, tmp_path, profile__memory=True, **WINDOW))
     assert (tmp_path / "toy" / "profile" / "memory-step-000000002-rank-00000.pickle").stat().st_size > 1000
+    gc.collect()
+    torch.cuda.empty_cache()  # what the first run kept would do for the second
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
         with pytest.raises(InputError, match=r"memory-exhausted-rank-00000\.pickle shows what held it"):
