@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow test-cluster lint clean
+.PHONY: setup demo bench test test-slow test-cluster lint clean
 
 setup: .venv/installed
 
@@ -17,6 +17,13 @@ demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m cclmpc_dist train configs/demo.yaml
 	$(BIN)/cclmpc eval runs/demo
 	$(BIN)/cclmpc report runs/demo
+
+# The benchmarks of a CPU again, into runs/bench, and beside the committed ones. On phantoms, or with LA=FOLDER LIST=FILE
+# on volumes as UA-MT's authors publish them, and on data/la where that is there.
+bench: setup
+	$(BIN)/cclmpc bench all configs/la_cpu.yaml --out runs/bench $(if $(LA),--la $(LA) --list $(LIST))
+	$(BIN)/cclmpc bench compare benchmarks/results runs/bench > runs/bench/compare.md
+	@echo "runs/bench/report.md has the tables and plots, runs/bench/compare.md what was committed beside"
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not cluster and not gpu and not slow"

@@ -327,6 +327,7 @@ def main() -> None:
     """Run a verb and leave with its exit code: 0 done, 1 failed, 2 bad input, 75 preempted and saved."""
     # DDP warns whenever a step happens to use every parameter; the search it advises against is needed (runtime.start).
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own marks, below which it says nothing anyway
     try:
         app()
     except InputError as error:

@@ -1,6 +1,5 @@
 """`cclmpc bench`: its verbs, each a few lines. A verb imports what it needs when it runs."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ from cclmpc_dist.errors import InputError
 
 bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
 
-Out = Annotated[Path | None, typer.Option("--out", help="JSON file to write; the records are printed anyway")]
-Pages = Annotated[Path | None, typer.Option("--out", help="JSON file to write, with table and plot as .md and .png")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="JSON file to write, with table and plot beside as .md and .png")
+]
 Setup = Annotated[Path, typer.Argument(help="YAML file of a training run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, as in data.batch_labelled=1")]
 Steps = Annotated[int, typer.Option(min=2, help="steps that the medians are of, after two of warm-up")]
@@ -126,7 +126,7 @@ def bench_checkpoint(
 
 
 @bench.command("step")
-def bench_step(config: Setup, overrides: Overrides = None, steps: Steps = 10, out: Pages = None) -> None:
+def bench_step(config: Setup, overrides: Overrides = None, steps: Steps = 10, out: Out = None) -> None:
     """A training step: seconds, images/s, voxels/s, MFU, where each millisecond goes, with and without data loading.
 
     One process by itself, or one rank of many under torchrun. Nothing is written to the run folder.
@@ -138,17 +138,18 @@ def bench_step(config: Setup, overrides: Overrides = None, steps: Steps = 10, ou
 
 
 @bench.command("allreduce")
-def bench_allreduce(ranks: Ranks = None, out: Pages = None) -> None:
+def bench_allreduce(ranks: Ranks = None, out: Out = None) -> None:
     """All-reduces of 4 KiB to 64 MiB: seconds, and the fit alpha + beta * bytes.
 
     On the ranks of torchrun, or on --ranks N of this machine.
     """
     from cclmpc_dist.benching import allreduce, launching
+    from cclmpc_dist.training.run import command
 
     if ranks is not None and not launching.in_world():
         launching.check_cards(ranks)
         found = launching.torchrun(ranks, 1, "allreduce")
-        _report(found["records"], found["meta"] | {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}, out)
+        _report(found["records"], found["meta"] | {"command": command()}, out)
         return
     _report(*allreduce.bench_allreduce(), out)
 
@@ -168,7 +169,7 @@ def bench_scale(
         int | None, typer.Option(min=1, help="of a rank; unset: the cores over the most ranks, at least 1")
     ] = None,
     predict: Predict = False,
-    out: Pages = None,
+    out: Out = None,
 ) -> None:
     """The step on more and more ranks: efficiency, where the milliseconds go, the slowest rank, the prediction.
 
@@ -177,6 +178,7 @@ def bench_scale(
     """
     from cclmpc_dist.benching import launching, scale
     from cclmpc_dist.config import load
+    from cclmpc_dist.training.run import command
 
     modes = [one for one in scale.MODES if mode in (one, "both")]
     if launching.in_world():
@@ -190,15 +192,38 @@ def bench_scale(
         return
     parts = scale.launch(config, overrides or [], modes, _numbers(ranks), steps, rounds, threads, _say)
     report = scale.gathered(parts, predict)
-    report["meta"]["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    report["meta"]["command"] = command()
     _show(report, out)
+
+
+@bench.command("all")
+def bench_all(
+    config: Setup,
+    overrides: Overrides = None,
+    la: Annotated[Path | None, typer.Option(help="folder of <case>/mri_norm2.h5, for loader and eval")] = None,
+    list_file: Annotated[Path | None, typer.Option("--list", help="file that names its cases")] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for all files; those of before are replaced")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """All benchmarks in turn, each a process of its own, and one report: about ten minutes on two cores.
+
+    CONFIG is what step and scale measure, on its shards where they are there. Where LA is not given, or its shards are
+    not there, phantoms are measured, and the report says so.
+    """
+    from cclmpc_dist.benching import everything, launching
+
+    if launching.in_world():
+        raise InputError("bench all starts its own ranks: call it by itself, without a launcher")
+    if not everything.bench_all(config, overrides or [], la, list_file, out, _say):
+        raise typer.Exit(1)
 
 
 @bench.command("gather")
 def bench_gather(
     points: Annotated[list[Path], typer.Argument(help="files that bench scale wrote under torchrun")],
     predict: Predict = False,
-    out: Pages = None,
+    out: Out = None,
 ) -> None:
     """One scaling report of points measured apart, on several machines as a rule."""
     from cclmpc_dist.benching import files, scale
@@ -216,10 +241,13 @@ def bench_report(report: Annotated[Path, typer.Argument(help="JSON file that ben
 
 @bench.command("compare")
 def bench_compare(
-    before: Annotated[Path, typer.Argument(help="JSON file that bench wrote")],
-    after: Annotated[Path, typer.Argument(help="another one of the same benchmark")],
+    before: Annotated[Path, typer.Argument(help="JSON file that bench wrote, or a folder of them")],
+    after: Annotated[Path, typer.Argument(help="another one of the same benchmark, or another folder")],
 ) -> None:
-    """What two files both measured, side by side, as Markdown; and what machine, versions and settings differ in."""
+    """What two files both measured, side by side, as Markdown; and what machine, versions and settings differ in.
+
+    Of two folders the files of one name.
+    """
     from cclmpc_dist.benching import files
 
     print(files.compare(before, after))
@@ -268,11 +296,4 @@ def _show(report: dict[str, Any], out: Path | None) -> None:
 def _record(records: list[dict[str, Any]], out: Path | None) -> None:
     from cclmpc_dist.training.run import environment
 
-    text = json.dumps({"meta": environment(1), "records": records}, indent=1)
-    if out is None:
-        print(text)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + "\n")
-    for record in records:
-        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.4g} {record['unit']}")
+    _show({"meta": environment(1), "records": records}, out)

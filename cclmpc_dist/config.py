@@ -185,6 +185,17 @@ class Evaluation(Settings):
     every_steps: NonNegativeInt = Field(0, description="validate on data.select every N steps; 0 never")
 
 
+class Profile(Settings):
+    """A look at a few steps, into RUN/profile; weights do not depend on it."""
+
+    trace: bool = Field(False, description="torch.profiler's trace of some steps, of every rank, and rank 0's table of "
+                        "operators (docs/training.md)")  # fmt: skip
+    memory: bool = Field(False, description="on a GPU torch's memory snapshot after those steps, and where memory runs "
+                         "out; on a CPU, for which there is none, allocations in trace and table")  # fmt: skip
+    after: PositiveInt = Field(10, description="steps of this process before them, the last one warms the profiler up")
+    steps: PositiveInt = Field(3, description="how many steps")
+
+
 class Config(Settings):
     name: str = Field(description="the run's folder is runs/<name>", pattern=r"^\w[\w.\-]*$")
     runs: str = Field("runs", description="where run folders lie")
@@ -205,6 +216,7 @@ class Config(Settings):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights that evaluation uses; 0 is off")
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
+    profile: Profile = Profile()
     log_every: PositiveInt = Field(10, description="steps a log line stands for")
     hang_seconds: NonNegativeFloat = Field(
         120.0,

@@ -49,36 +49,6 @@ def fault_server(folder: Path, port: int = 0, after: float = 0, upstream: str = 
             server.kill()
 
 
-NGINX = """
-daemon off;
-{user}
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-worker_processes 1;
-events {{ worker_connections 64; }}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-    sendfile on;
-    server {{ listen 127.0.0.1:{port}; root {root}; }}
-}}
-"""
-
-
-@contextmanager
-def nginx(root: Path, folder: Path) -> Iterator[str]:
-    """The URL of `root` on an nginx whose own files lie in `folder`."""
-    port, user = free_port(), "user root;" if os.getuid() == 0 else ""
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
-    with subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder, "-e", folder / "error.log"]) as server:
-        try:
-            wait_for(port, server)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
 def wait_for(port: int, server: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.poll() is None:

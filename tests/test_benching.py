@@ -69,7 +69,8 @@ def test_training_counts_each_set_of_terms_once() -> None:
     layer, x = nn.Linear(30, 40, bias=False), torch.rand(7, 30)
     meter, few, all_ = Meter(torch.device("cpu"), "bf16"), frozenset({"sup"}), frozenset({"sup", "cgcl"})
     assert meter.watch(few, lambda: 5) == 5
-    assert meter.performance(1.0) == {}, "no data sheet, no MFU"
+    assert meter.performance(1.0) == {}, "it warms up"
+    assert meter.peak is None
     meter.peak = PEAK
     for _ in range(3):
         meter.watch(few, lambda: layer(x))
@@ -77,6 +78,21 @@ def test_training_counts_each_set_of_terms_once() -> None:
     one = 3 * 2 * 7 * 30 * 40
     assert meter.performance(2.0) == {"perf/mfu": (3 * one + 2 * one) / 2.0 / 2e12}
     assert meter.performance(2.0) == {"perf/mfu": 0.0}, "what was told is not told again"
+
+
+def test_mfu_begins_after_warm_up_with_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "WARMUP", 2)
+    monkeypatch.setattr(throughput, "EDGE", 64)
+    layer, x = nn.Linear(30, 40, bias=False), torch.rand(7, 30)
+    meter = Meter(torch.device("cpu"), "fp32")
+    for _ in range(2):
+        assert meter.performance(1.0) == {}
+        meter.watch(frozenset(), lambda: layer(x))
+    assert meter.performance(1.0) == {}, "its steps were not counted"
+    assert meter.peak is not None
+    assert "64 x 64" in meter.peak.source
+    meter.watch(frozenset(), lambda: layer(x))
+    assert meter.performance(2.0) == {"perf/mfu": 3 * 2 * 7 * 30 * 40 / 2.0 / meter.peak.flops}
 
 
 def test_a_windows_rates() -> None:
@@ -201,7 +217,7 @@ def report_of(rounds: dict[int, list[float]], crowding: float = 1.0) -> list[dic
             sizes["product_seconds"] = crowding if world == 2 else 1.0
             records = step.to_records(ranks, sizes, {LOADING: 10**9}, PEAK)
             if world > 1:
-                records += allreduce.to_records((1000, 10**6), [1.01e-3, 2e-3], world)
+                records += allreduce.to_records((1000, 10**6), [[1.01e-3], [2e-3]], world)
             parts.append(
                 {
                     "meta": META | {"config": config.model_dump(mode="json")},
@@ -227,6 +243,12 @@ def test_efficiency_is_round_by_round_and_the_prediction_stands_beside_it() -> N
     page = tables.page(report)
     assert "**0.800** (0.500 - 1.000)" in page
     assert "no GPU here; assumed" in page
+
+
+def test_a_strong_scaling_leaves_out_ranks_that_do_not_divide_the_batches() -> None:
+    config = parse(toy.settings(Path("d"), Path("r"), data__batch_labelled=4, data__batch_unlabelled=2), "toy")
+    assert [scale.fits(config, "strong", world) for world in (1, 2, 3, 4)] == [True, True, False, False]
+    assert scale.fits(config, "weak", 3)
 
 
 def test_ranks_that_crowd_their_cores_are_predicted_slower() -> None:
@@ -307,15 +329,18 @@ def test_two_real_ranks_of_which_one_is_slow(toy_corpus: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_bench_scale_starts_its_ranks_and_writes_table_and_plot(toy_corpus: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "c.yaml", tmp_path / "o" / "scale.json"
-    batches = {"data__batch_labelled": 1, "data__batch_unlabelled": 1}
+    batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
     config.write_text(yaml.safe_dump(toy.settings(toy_corpus, tmp_path, **batches)))
     options = ["--ranks", "1,2", "--mode", "both", "--steps", "2", "--rounds", "1", "--predict"]
     said = toy.run(1, "bench", "scale", str(config), *options, "--out", str(out))
-    assert "strong scaling, 2 ranks: left out" in said
+    assert "## Strong scaling" in said
+    assert said.count("x the fastest's own time") == 2, "the slowest rank of each mode's two"
     assert said.count("## Where the milliseconds go") == 1
     report = files.read(out)
     cases = {r["case"] for r in report["records"] if r["variant"] == "sizes"}
-    assert cases == {"weak 1", "weak 2", "strong 1"}
+    assert cases == {"weak 1", "weak 2", "strong 1", "strong 2"}
+    images = {r["case"]: r["value"] for r in report["records"] if (r["variant"], r["metric"]) == ("sizes", "images")}
+    assert images == {"weak 1": 4, "weak 2": 8, "strong 1": 4, "strong 2": 4}
     assert all(math.isfinite(r["value"]) for r in report["records"])
     assert {path.name for path in out.parent.iterdir()} == {"scale.json", "scale.md", "scale.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"c.yaml", "o"}

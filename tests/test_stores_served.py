@@ -14,6 +14,7 @@ import toy
 import yaml
 from corpora import numbered, write
 
+from cclmpc_dist.benching.served import nginx
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.errors import InputError
 
@@ -73,7 +74,7 @@ def test_two_ranks_behind_nginx(tmp_path: Path) -> None:
         pytest.skip("nginx is not installed: tests/nginx_install.sh")
     index = corpus(tmp_path / "shards", 240, 100, 4_300_000)
     (tmp_path / "nginx").mkdir()
-    with stores.nginx(tmp_path / "shards", tmp_path / "nginx") as url:
+    with nginx(tmp_path / "shards", tmp_path / "nginx") as url:
         check(index, url, tmp_path / "cache")
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.reduce_times import all_reduce_seconds
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.records import repeated
 from cclmpc_dist.training.run import environment
 
 SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KiB to 64 MiB
@@ -35,16 +36,19 @@ def bench_allreduce() -> tuple[list[Record], dict[str, Any]]:
 def measure(device: torch.device, sizes: tuple[int, ...] = SIZES) -> list[Record]:
     """Records without bench and case. Of each size the median of ROUNDS, on the slowest rank. Collective."""
     all_reduce_seconds(sizes[-1], 1, device)  # warm-up
-    mine = [median(all_reduce_seconds(size, ROUNDS, device) or [float("nan")]) for size in sizes]
+    mine = [all_reduce_seconds(size, ROUNDS, device) or [float("nan")] for size in sizes]
     everyone = runtime.gather_json(mine, device)
-    return to_records(sizes, [max(rank[place] for rank in everyone) for place in range(len(sizes))], len(everyone))
+    slowest = [max((rank[place] for rank in everyone), key=median) for place in range(len(sizes))]
+    return to_records(sizes, slowest, len(everyone))
 
 
-def to_records(sizes: tuple[int, ...], seconds: list[float], world: int) -> list[Record]:
-    """Seconds of each size, the fit, and the bandwidth of a ring that its slope stands for."""
-    alpha, beta = fit(sizes, seconds)
+def to_records(sizes: tuple[int, ...], seconds: list[list[float]], world: int) -> list[Record]:
+    """Of each size its seconds, a list of repetitions; the fit through the medians, and the bandwidth of a ring that
+    its slope stands for."""
+    alpha, beta = fit(sizes, [median(values) for values in seconds])
     records = [
-        _record(f"all-reduce {size} B", "seconds", value, "s") for size, value in zip(sizes, seconds, strict=True)
+        {"variant": f"all-reduce {size} B", "metric": "seconds", "unit": "s"} | repeated(values)
+        for size, values in zip(sizes, seconds, strict=True)
     ]
     return [
         *records,

@@ -38,14 +38,37 @@ def write_pages(report: Report, path: Path) -> list[Path]:
 
 
 def compare(left: Path, right: Path) -> str:
-    """A Markdown table of what both files measured, and what their metas differ in."""
+    """A Markdown table of what both files measured, and what their metas differ in; of two folders one for each pair
+    of files. Raises InputError where there is nothing to compare."""
+    if not (left.is_dir() and right.is_dir()):
+        return _beside(left, right)
+    here, there = ({path.name for path in folder.glob("*.json")} for folder in (left, right))
+    if not here & there:
+        raise InputError(f"{left} and {right} have no file of one name: compare folders that bench all wrote")
+    parts = [f"# {name}\n\n{_found(left / name, right / name)}" for name in sorted(here & there)]
+    alone = [f"{folder} alone has {', '.join(sorted(names))}" for folder, names in
+             ((left, here - there), (right, there - here)) if names]  # fmt: skip
+    return "\n\n".join(parts + alone)
+
+
+def _found(left: Path, right: Path) -> str:
+    """The table, or why there is none."""
+    try:
+        return _beside(left, right)
+    except InputError as error:
+        return str(error)
+
+
+def _beside(left: Path, right: Path) -> str:
     a, b = read(left), read(right)
     here, there = ({_key(record): record for record in one["records"]} for one in (a, b))
     common = [key for key in here if key in there]
     if not common:
-        raise InputError(f"{left} and {right} have no record in common: compare files of one benchmark")
+        both = " and ".join(sorted({one["records"][0]["bench"] for one in (a, b)}))
+        raise InputError(f"{left} and {right} have no record in common (bench {both}): compare files of one benchmark "
+                         "on the same cases")  # fmt: skip
     lines = [f"{name}: {old} -> {new}" for name, old, new in _differences(a["meta"], b["meta"])]
-    lines += ["", f"| case | variant | metric | unit | {left.name} | {right.name} | ratio |", "|" + "---|" * 7]
+    lines += ["", f"| case | variant | metric | unit | {left} | {right} | ratio |", "|" + "---|" * 7]
     for key in common:
         old, new = here[key]["value"], there[key]["value"]
         ratio = f"{new / old:.3f}" if old else "-"

@@ -136,12 +136,19 @@ def _place(case: str) -> tuple[int, int]:
 
 
 def merged(rounds: list[list[Record]]) -> list[Record]:
-    """The median over the rounds of each record."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """The median over the rounds of each record, and the samples of all rounds."""
+    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for records in rounds:
         for record in records:
-            values[record["variant"], record["metric"]].append(record["value"])
-    return [record | {"value": median(values[record["variant"], record["metric"]])} for record in rounds[0]]
+            found[record["variant"], record["metric"]].append(record)
+    return [_merged(same) for same in found.values()]
+
+
+def _merged(same: list[Record]) -> Record:
+    merged = same[0] | {"value": median(one["value"] for one in same)}
+    if "samples" in merged:
+        merged["samples"] = [value for one in same for value in one["samples"]]
+    return merged
 
 
 def efficiency(base: list[list[Record]], rounds: list[list[Record]]) -> list[Record]:

@@ -20,6 +20,7 @@ from cclmpc_dist.benching.clock import COLLECTIVES, Clock
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.records import repeated
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 from cclmpc_dist.training.throughput import (
@@ -27,9 +28,8 @@ from cclmpc_dist.training.throughput import (
     TERA,
     Peak,
     forward_flops,
-    listed,
-    measured,
     mfu,
+    peak_of,
     product_seconds,
 )
 from cclmpc_dist.training.trainer import Batches, Trainer
@@ -189,7 +189,7 @@ def measure(
             "memory": memory_mib(trainer.device),
         }
     everyone = runtime.gather_json(mine, trainer.device)
-    top = _peak(trainer.device, config.precision, everyone[0]["products"])
+    top = peak_of(trainer.device, config.precision, lambda: everyone[0]["products"])
     product = mean(mean(one["products"]) for one in everyone)
     hosts = sorted({one["host"] for one in everyone})
     records = to_records(everyone, trainer.sizes() | {"hosts": len(hosts), "product_seconds": product}, flops, top)
@@ -200,12 +200,6 @@ def measure(
         "steps": steps,
     }
     return [{"bench": bench, "case": case} | record for record in records], meta
-
-
-def _peak(device: torch.device, precision: str, products: list[float]) -> Peak:
-    """The data sheet's where the device is listed, else the measured one."""
-    sheet = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-    return sheet or measured(device, precision, products)
 
 
 # ---- from the stretches of all ranks to records --------------------------------------------------------------------
@@ -232,7 +226,7 @@ def _rates(kind: str, seconds: list[float], sizes: dict[str, Any], flops: int, t
     middle = median(seconds)
     low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (middle,) * 3
     return [
-        _record(kind, "seconds", middle, "s"),
+        {"variant": kind, "metric": "seconds", "unit": "s"} | repeated(seconds),
         _record(kind, "seconds_q25", low, "s"),
         _record(kind, "seconds_q75", high, "s"),
         _record(kind, "images_per_second", sizes["images"] / middle, "images/s"),

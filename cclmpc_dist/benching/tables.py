@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cclmpc_dist.benching import loader_pages
+from cclmpc_dist.benching import contrast_pages, loader_pages
 from cclmpc_dist.benching.step import LOADING, PARTS
 
 SPEED = (
@@ -60,6 +60,8 @@ def page(report: dict[str, Any]) -> str:
         body = [*speed(cells), *milliseconds(cells, list(cells.variants))]
     elif bench == "loader":
         body = loader_pages.table(report)
+    elif bench == "contrast":
+        body = [*contrast_pages.table(contrast_pages.read(report["records"])), "", *plain(report)]
     else:
         body = plain(report)
     return "\n".join([*head(report), *body])
@@ -67,13 +69,20 @@ def page(report: dict[str, Any]) -> str:
 
 def head(report: dict[str, Any]) -> list[str]:
     meta = report["meta"]
-    machine = meta["machine"]
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['cpus']} cores"
-    lines = [f"# bench {report['records'][0]['bench']}", "", f"- {device}; torch {meta['versions']['torch']}; "
-             f"commit {meta['commit']}", f"- `{' '.join(meta['command'])}`"]  # fmt: skip
+    lines = [f"# bench {report['records'][0]['bench']}", "", *machine(meta)]
     if "peak" in meta:
         lines.append(f"- MFU: three times the forward pass's FLOPs, over a peak of {meta['peak']}")
     return [*lines, ""]
+
+
+def machine(meta: dict[str, Any]) -> list[str]:
+    """Where it was measured, and with which command."""
+    here = meta["machine"]
+    device = here["gpu"] or f"{here['cpu']}, {here['cpus']} cores"
+    return [
+        f"- {device}; torch {meta['versions']['torch']}; commit {meta['commit']}",
+        f"- `{' '.join(meta['command'])}`",
+    ]
 
 
 def scaling(cells: Cells) -> list[str]:
@@ -156,8 +165,18 @@ def prediction(cells: Cells) -> list[str]:
 
 
 def plain(report: dict[str, Any]) -> list[str]:
-    """One line a record."""
-    lines = ["| case | variant | metric | value | unit |", "|---|---|---|---|---|"]
-    return lines + [
-        f"| {r['case']} | {r['variant']} | {r['metric']} | {r['value']:.4g} | {r['unit']} |" for r in report["records"]
-    ]
+    """One line a record; of what was repeated the median with the least and the most."""
+    lines = ["| case | variant | metric | value (least - most, repeats) | unit |", "|---|---|---|---|---|"]
+    return (
+        lines
+        + [
+            f"| {r['case']} | {r['variant']} | {r['metric']} | {r['value']:.4g}{_spread(r)} | {r['unit']} |"
+            for r in report["records"]
+        ]
+        + [""]
+    )
+
+
+def _spread(record: dict[str, Any]) -> str:
+    samples = record.get("samples")
+    return f" ({min(samples):.4g} - {max(samples):.4g}, {len(samples)})" if samples else ""

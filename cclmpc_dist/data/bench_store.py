@@ -14,6 +14,7 @@ from cclmpc_dist.config import Data
 from cclmpc_dist.data.ahead import THREADS
 from cclmpc_dist.data.remote import RemoteIndex, open_corpus
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.records import repeated
 
 MB = 1e6
 
@@ -27,12 +28,12 @@ def bench_store(url: str, folder: Path, *, repeats: int = 5) -> list[dict[str, A
     """
     if shutil.which("curl") is None or not url.startswith("http"):
         raise InputError(f"{url}: is compared with curl: install it, and give a http(s) URL")
-    rates: dict[str, list[float]] = {}
-    for _ in range(repeats):
+    rounds = []
+    for _ in range(1 + repeats):
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            for variant, rate in _round(url, Path(work)).items():
-                rates.setdefault(variant, []).append(rate)
-    return _records({variant: median(values) for variant, values in rates.items()})
+            rounds.append(_round(url, Path(work)))
+    kept = rounds[1:]  # the first warms up
+    return _records({variant: [one[variant] for one in kept] for variant in kept[0]})
 
 
 def _round(url: str, work: Path) -> dict[str, float]:
@@ -70,13 +71,14 @@ def _fetch(index: RemoteIndex, threads: int) -> None:
             file.close()
 
 
-def _records(rates: dict[str, float]) -> list[dict[str, Any]]:
+def _records(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    medians = {variant: median(values) for variant, values in rates.items()}
     return [
-        {"bench": "store", "case": "all shards", "variant": variant, "metric": metric, "value": value, "unit": unit}
-        for variant, rate in rates.items()
-        for metric, value, unit in (
-            ("rate", rate, "MB/s"),
-            ("over curl", rate / rates["curl"], "x"),
-            ("over curl_files", rate / rates["curl_files"], "x"),
+        {"bench": "store", "case": "all shards", "variant": variant, "metric": metric, "unit": unit} | numbers
+        for variant, values in rates.items()
+        for metric, numbers, unit in (
+            ("rate", repeated(values), "MB/s"),
+            ("over curl", {"value": medians[variant] / medians["curl"]}, "x"),
+            ("over curl_files", {"value": medians[variant] / medians["curl_files"]}, "x"),
         )
     ]

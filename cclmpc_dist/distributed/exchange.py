@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.profiler import record_function
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -51,16 +52,23 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, 0.0, x)
 
 
+@record_function("exchange")
 def _gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
     _all_gather(out, x.contiguous(), group=group)
     return out
 
 
+@record_function("exchange")
 def _scatter_sum(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(x.shape[0] // group_size(group), *x.shape[1:])
     _reduce_scatter(out, x.contiguous(), group=group)
     return out
+
+
+@record_function("exchange")
+def _all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    dist.all_reduce(x, op, group=group)
 
 
 class _Gather(torch.autograd.Function):
@@ -95,10 +103,10 @@ class _MergeLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, part: Tensor, group: Group) -> Tensor:  # type: ignore
         peak = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+        _all_reduce(peak, group, dist.ReduceOp.MAX)
         base = finite(peak)
         total = (part - base).exp_()
-        dist.all_reduce(total, group=group)
+        _all_reduce(total, group)
         merged = total.log_().add_(base)
         ctx.group = group
         ctx.save_for_backward(part, merged)
@@ -108,7 +116,7 @@ class _MergeLSE(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore
         part, merged = ctx.saved_tensors
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
+        _all_reduce(grad, ctx.group)
         share = torch.where(part == -torch.inf, 0.0, (part - finite(merged)).exp())
         return share * torch.where(merged == -torch.inf, 0.0, grad), None
 
@@ -117,7 +125,7 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, group=group)
+        _all_reduce(out, group)
         return out
 
     @staticmethod

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.metrics import mask_metrics
+from cclmpc_dist.records import repeated
 
 SPACING = (0.625, 0.625, 0.625)  # LA, mm
 Shape = tuple[int, int, int]
@@ -35,14 +36,15 @@ def bench_eval(
 
 def _compare(case: str, prediction: np.ndarray, truth: np.ndarray, medpy: Any, repeats: int) -> list[dict[str, Any]]:
     ours, theirs = [], []
-    for _ in range(repeats):  # in turns, so that a busy machine slows both
+    for _ in range(1 + repeats):  # in turns, so that a busy machine slows both; the first warms up
         ours.append(_timed(lambda: mask_metrics(prediction, truth, SPACING)))
         theirs.append(_timed(lambda: medpy(prediction, truth)))
-    seconds = {"ours": median(t for t, _ in ours), "medpy": median(t for t, _ in theirs)}
+    seconds = {name: [t for t, _ in found[1:]] for name, found in (("ours", ours), ("medpy", theirs))}
+    speedup = median(seconds["medpy"]) / median(seconds["ours"])
     difference = max(abs(ours[0][1][column] - theirs[0][1][column]) for column in _MEDPY)
     return [
-        *(_record(case, variant, "seconds", value, "s") for variant, value in seconds.items()),
-        _record(case, "ours", "speedup", seconds["medpy"] / seconds["ours"], "x"),
+        *(_record(case, name, "seconds", median(values), "s") | repeated(values) for name, values in seconds.items()),
+        _record(case, "ours", "speedup", speedup, "x"),
         _record(case, "ours", "largest_difference", difference, "fraction or voxel"),
     ]
 

@@ -23,12 +23,12 @@ from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.costs import Cost
 from cclmpc_dist.losses.terms import Additive
+from cclmpc_dist.records import repeated
 
 CASES = ("sbcl", "sbcl other_class", "cgcl")
 TEMPERATURE = 0.07
 MIB = 2**20
-RATIOS = ("seconds", "peak_extra_mib")
-UNITS = {"seconds": "s", "seconds_spread": "s", "peak_extra_mib": "MiB", "predicted_mib": "MiB"}
+UNITS = {"seconds": "s", "peak_extra_mib": "MiB", "predicted_mib": "MiB"}
 SWEEP = {"anchors": (512, 4096), "keys": (16384, 524288), "features": (64, 128), "classes": (8,)}
 LARGEST = 2**30  # bytes of one N x M tensor up to which naive is measured
 Record = dict[str, Any]
@@ -50,7 +50,7 @@ def bench_contrast(
     and a bank for the rest. `sweep` adds the sizes of SWEEP, one changed at a
     time.
 
-    Each variant has seconds (median of `repeats`, forward and backward) and their spread (largest less smallest),
+    Each variant has seconds (median of `repeats`, forward and backward),
     peak_extra_mib (memory above inputs, gradients and imports, at its peak in one step: resident on a CPU, allocated
     on a GPU), predicted_mib (losses/costs.py) and product_share: the rate of its matrix products over the whole time,
     as a share of the rate at which the device does one such product alone. The streamed one has the ratios of seconds
@@ -79,21 +79,22 @@ def _compare(case: str, size: dict[str, int], how: dict[str, Any], repeats: int,
         naive = _alone(_run, exchange="naive", repeats=repeats, **job)
     streamed = _alone(_run, exchange="keys", repeats=repeats, **job)
     if naive:
-        streamed |= {f"{name}_over_naive": streamed[name] / naive[name] for name in RATIOS}
+        streamed["seconds_over_naive"] = statistics.median(streamed["seconds"]) / statistics.median(naive["seconds"])
+        streamed["peak_extra_mib_over_naive"] = streamed["peak_extra_mib"] / naive["peak_extra_mib"]
         streamed |= _alone(_differences, **job) if differences else {}
     return _records(case, size, "naive", naive) + _records(case, size, "keys", streamed)
 
 
-def _records(case: str, size: dict[str, int], variant: str, metrics: dict[str, float]) -> list[Record]:
+def _records(case: str, size: dict[str, int], variant: str, metrics: dict[str, Any]) -> list[Record]:
     told = f"{case}: N={size['anchors']} M={size['keys']} F={size['features']} K={size['classes']}"
     return [
-        {"bench": "contrast", "case": told, "variant": variant, "metric": name, "value": value,
-         "unit": UNITS.get(name, "1")}
+        {"bench": "contrast", "case": told, "variant": variant, "metric": name, "unit": UNITS.get(name, "1")}
+        | (repeated(value) if isinstance(value, list) else {"value": value})
         for name, value in metrics.items()
     ]  # fmt: skip
 
 
-def _alone(measure: Callable[..., dict[str, float]], **job: Any) -> dict[str, float]:
+def _alone(measure: Callable[..., dict[str, Any]], **job: Any) -> dict[str, Any]:
     """What `measure`, one of this module, finds in a process of its own."""
     command = [sys.executable, "-m", __name__, measure.__name__, json.dumps(job)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -169,8 +170,8 @@ def _run(
     threads: int,
     device: str,
     tf32: bool,
-) -> dict[str, float]:
-    """The first step, which also warms up, gives the peak; the others the time."""
+) -> dict[str, Any]:
+    """The first step, which also warms up, gives the peak; the others the time: seconds are those of each."""
     _prepare(threads, tf32)
     small = {"anchors": 64, "keys": 256, "features": 8, "classes": size["classes"]}
     _step(case, exchange, 16, _inputs(case, **small, device=device))
@@ -179,8 +180,7 @@ def _run(
     spent = [_seconds(lambda: _step(case, exchange, tile, inputs), device) for _ in range(repeats)]
     predicted = _predicted(case, exchange, tile, size)
     return {
-        "seconds": statistics.median(spent),
-        "seconds_spread": max(spent) - min(spent),
+        "seconds": spent,
         "peak_extra_mib": peak_extra / MIB,
         "predicted_mib": predicted.held / MIB,
         "product_share": predicted.flops / statistics.median(spent) / _product_rate(size, tile, repeats, device),
@@ -234,5 +234,5 @@ def _predicted(case: str, exchange: Exchange, tile: int, size: dict[str, int]) -
 
 
 if __name__ == "__main__":
-    measures: dict[str, Callable[..., dict[str, float]]] = {"_run": _run, "_differences": _differences}
+    measures: dict[str, Callable[..., dict[str, Any]]] = {"_run": _run, "_differences": _differences}
     print(json.dumps(measures[sys.argv[1]](**json.loads(sys.argv[2]))))

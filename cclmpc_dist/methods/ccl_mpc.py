@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
@@ -170,6 +171,7 @@ class CCLMPC(Method):
         assert shared.pseudo is not None
         return certainty.nearest(torch.cat([shared.labels, shared.pseudo]), shared.map_size).flatten(1)
 
+    @record_function("contrast")
     def _sbcl(self, shared: Step) -> list[Part]:
         """docs/method.md 4: views of one stream against the originals of the other. Both directions of a
         stream have equally many anchors, so their mean and the streams' mean is the mean of the four."""
@@ -198,6 +200,7 @@ class CCLMPC(Method):
             parts.append((0.5, value))
         return parts
 
+    @record_function("contrast")
     def _cgcl(self, shared: Step) -> list[Part]:
         """docs/method.md 5: sampled positions of both views of all images against all ranks' and the bank's."""
         settings = self.own.contrast

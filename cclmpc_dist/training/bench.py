@@ -1,6 +1,5 @@
 """`cclmpc bench checkpoint`: what a save costs the loop, written by the thread against waited for."""
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.distributed import runtime
+from cclmpc_dist.records import repeated
 from cclmpc_dist.training.state import save, tensors
 from cclmpc_dist.training.trainer import Trainer
 
@@ -37,17 +37,17 @@ def bench_checkpoint(folder: Path, filters: int = 16, patch: int = 32, repeats: 
         finally:
             runtime.stop()
     size = sum(value.numel() * value.element_size() for group in [*groups.values(), mine] for value in group.values())
-    medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    waited = medians["synchronous", "blocked_seconds"]
-    asynchronous = medians["asynchronous", "blocked_seconds"]
-    medians["asynchronous", "blocked_over_synchronous"] = asynchronous / waited
-    slowed = medians["asynchronous", "step_slowed_seconds"]
-    medians["asynchronous", "blocked_and_slowed_over_synchronous"] = (asynchronous + slowed) / waited
-    medians["both", "checkpoint"] = size / MIB
+    found = {key: repeated([one[key] for one in rounds]) for key in rounds[0]}
+    waited, blocked, slowed = (found[key]["value"] for key in (
+        ("synchronous", "blocked_seconds"), ("asynchronous", "blocked_seconds"), ("asynchronous", "step_slowed_seconds")
+    ))  # fmt: skip
+    found["asynchronous", "blocked_over_synchronous"] = {"value": blocked / waited}
+    found["asynchronous", "blocked_and_slowed_over_synchronous"] = {"value": (blocked + slowed) / waited}
+    found["both", "checkpoint"] = {"value": size / MIB}
     return [
-        {"bench": "checkpoint", "case": told, "variant": variant, "metric": metric, "value": value,
-         "unit": UNITS.get(metric, "s" if metric.endswith("seconds") else "1")}
-        for (variant, metric), value in medians.items()
+        {"bench": "checkpoint", "case": told, "variant": variant, "metric": metric,
+         "unit": UNITS.get(metric, "s" if metric.endswith("seconds") else "1")} | numbers
+        for (variant, metric), numbers in found.items()
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
-from cclmpc_dist.training import run, strategy
+from cclmpc_dist.training import profiling, run, strategy
 from cclmpc_dist.training.checkpoint import Tensors
 from cclmpc_dist.training.monitor import duration, memory_mib
 from cclmpc_dist.training.state import tensors
@@ -31,6 +31,8 @@ def rehearse(config: Config) -> None:
         trainer.step = trainer.totals[0] - 1  # where every term counts
         window = trainer.first_step()
         _seen(trainer, window.seconds - window.waited, window.waited)
+    except torch.OutOfMemoryError as error:
+        raise profiling.exhausted(error) from error
     finally:
         runtime.stop()
 

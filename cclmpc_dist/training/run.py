@@ -21,8 +21,9 @@ from cclmpc_dist.errors import InputError
 from cclmpc_dist.training.checkpoint import complete_steps, read_state
 
 # Settings that may change between the parts of a run: they are no part of what is optimised.
-FREE = ("log_every", "hang_seconds", "checkpoint", "evaluation", "runs", "data.path", "data.cache", "data.cache_gib",
-        "data.workers", "data.on_error", "deepspeed", "ccl_mpc.contrast.exchange", "ccl_mpc.contrast.tile")  # fmt: skip
+FREE = ("log_every", "hang_seconds", "checkpoint", "evaluation", "profile", "runs", "data.path", "data.cache",
+        "data.cache_gib", "data.workers", "data.on_error", "deepspeed", "ccl_mpc.contrast.exchange",
+        "ccl_mpc.contrast.tile")  # fmt: skip
 VERSIONED = ("torch", "accelerate", "numpy", "webdataset", "safetensors", "h5py", "scipy", "deepspeed", "blosc2")
 
 
@@ -90,8 +91,14 @@ def environment(world_size: int) -> dict[str, Any]:
         "threads_per_process": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
     }
+
+
+def command() -> list[str]:
+    """What this process was started as; `python -m cclmpc_dist` is cclmpc."""
+    program = Path(sys.argv[0])
+    return ["cclmpc" if program.name == "__main__.py" else program.name, *sys.argv[1:]]
 
 
 def _is_of(line: str, step: int) -> bool:

@@ -14,6 +14,7 @@ TERA = 1e12
 Result = TypeVar("Result")
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EDGE, ROUNDS = 2048, 5  # of the square matrices whose product is measured
+WARMUP = 50  # microbatches of a process before its MFU is told
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ def listed(device: str, precision: str) -> Peak | None:
 
 
 def product_seconds(device: torch.device, precision: str) -> list[float]:
-    """Seconds of each of some products of two square matrices, with the threads that this process has."""
-    a, b = (torch.rand(EDGE, EDGE, device=device).to(KINDS[precision]) for _ in range(2))
+    """Seconds of each of some products of two square matrices, with the threads that this process has; torch's random
+    state stays as it is."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.rand(EDGE, EDGE, device=device, generator=generator).to(KINDS[precision]) for _ in range(2))
     seconds = []
     for _ in range(1 + ROUNDS):
         began = time.perf_counter()
@@ -87,17 +90,26 @@ def forward_flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def peak_of(device: torch.device, precision: str, seconds: Callable[[], list[float]]) -> Peak:
+    """The data sheet's where the device is listed, else the measured one. seconds: gives product_seconds."""
+    sheet = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+    return sheet or measured(device, precision, seconds())
+
+
 class Meter:
-    """MFU of training where a data sheet tells the device's peak; elsewhere it counts nothing."""
+    """MFU of training, from the first log line on that the process came to after WARMUP microbatches: only then is the
+    peak looked up, or measured, and FLOPs are counted."""
 
     def __init__(self, device: torch.device, precision: str) -> None:
-        self.peak = listed(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+        self.device, self.precision = device, precision
+        self.peak: Peak | None = None
         self.counted: dict[frozenset[str], int] = {}  # FLOPs of a microbatch, by its active terms
-        self.done = 0
+        self.seen, self.done = 0, 0
 
     def watch(self, active: frozenset[str], forward: Callable[[], Result]) -> Result:
         """What `forward` returns. Its FLOPs are counted the first time that these terms are active, which takes some
         time, and known from then on."""
+        self.seen += 1
         if self.peak is None:
             return forward()
         if active not in self.counted:
@@ -110,9 +122,13 @@ class Meter:
         return result
 
     def performance(self, seconds: float) -> dict[str, float]:
-        """Of what was watched since the last call, in so many seconds."""
+        """Of the microbatches taken since the last call, in so many seconds; nothing while it warms up."""
         done, self.done = self.done, 0
-        return {} if self.peak is None else {"perf/mfu": mfu(done, seconds, self.peak)}
+        if self.peak is not None:
+            return {"perf/mfu": mfu(done, seconds, self.peak)}
+        if self.seen >= WARMUP:
+            self.peak = peak_of(self.device, self.precision, lambda: product_seconds(self.device, self.precision))
+        return {}
 
 
 def mfu(flops: float, seconds: float, peak: Peak) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.profiler import record_function
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
@@ -28,7 +29,7 @@ from cclmpc_dist.evaluation.cases import evaluate_cases
 from cclmpc_dist.losses.terms import Additive
 from cclmpc_dist.methods.method import Corpus, Phase
 from cclmpc_dist.methods.registry import create
-from cclmpc_dist.training import preemption, run, setup, strategy
+from cclmpc_dist.training import preemption, profiling, run, setup, strategy
 from cclmpc_dist.training.checkpoint import Checkpoints
 from cclmpc_dist.training.ema import Ema
 from cclmpc_dist.training.monitor import Monitor, Window, memory_mib
@@ -88,6 +89,7 @@ class Trainer:
         self.preempted, self.grace = False, preemption.grace()
         self.meter = Meter(self.device, config.precision)
         self.monitor = Monitor(config.folder, config.name, self.total, active=self.rank == 0)
+        self.profiler = profiling.Profiler(config.profile, config.folder, self.device, self.rank, self.monitor.say)
 
     # ---- start --------------------------------------------------------------------------------------------------
 
@@ -119,6 +121,7 @@ class Trainer:
         self.ema = Ema(self.module, self.config.ema) if self.config.ema else None
         self.strategy = strategy.create(self.config, self.accelerator, self.module)  # may replace the buffers
         self.strategy.wrapped.register_forward_hook(lambda *_: self.pace.reached())
+        profiling.label(self.strategy.wrapped, "forward")
         self.buffers = norm_buffers(self.module)
         torch.manual_seed(draws.key(self.config.seed, "dropout", self.rank))
         self._enter_phase()
@@ -186,12 +189,15 @@ class Trainer:
     def fit(self) -> bool:
         """Train until the budget is spent (True) or preemption was asked for and everything is saved (False)."""
         with run.locked(self.config.folder) if self.rank == 0 else nullcontext():
-            return self._fit()
+            try:
+                return self._fit()
+            except torch.OutOfMemoryError as error:
+                raise self.profiler.exhausted(error) from error
 
     def _fit(self) -> bool:
         self._start()
         try:
-            with self.monitor.recording(self.done):
+            with self.monitor.recording(self.done), self.profiler.watching():
                 while self.phase < len(self.totals) and not self.preempted:
                     self._fit_phase()
                 self._save()
@@ -216,6 +222,7 @@ class Trainer:
             with window.step():
                 values = self._train_step(batches, window)
             self.step, self.done = self.step + 1, self.done + 1
+            self._profile()
             self.watch.beat(self.done)
             self.watch.arm()
             if self.done % self.config.log_every == 0 or self.step == self.totals[self.phase]:
@@ -248,6 +255,7 @@ class Trainer:
         """One optimiser step, or a step that all ranks skip. Returns its scalars: means over the microbatches."""
         before = [buffer.clone() for buffer in self.buffers]
         weights = self.method.weights(self.step)
+        active = frozenset(name for name in weights if weights[name] > 0)
         parts = self.config.accumulate
         sums: dict[str, Tensor] = {}
         self.lr = rate(self.config.optim, self.step, self.totals[self.phase], self._images)
@@ -255,26 +263,30 @@ class Trainer:
         self.strategy.wrapped.train()
         for micro in range(parts):
             self.pace.begin()
-            batch = window.wait_for(batches)
+            with record_function("data wait"):
+                batch = window.wait_for(batches)
             self.watch.beat(self.done)
             with self.strategy.microbatch(last=micro + 1 == parts):
-                forward = partial(self.method.terms, self.strategy.wrapped, batch, self.step)
-                terms, metrics = self.meter.watch(frozenset(name for name in weights if weights[name] > 0), forward)
-                loss, logged = objective(terms, weights, metrics | self._flags(batch))
-                self.strategy.backward(loss / parts, logged["loss/total"])
+                with record_function("losses"):
+                    forward = partial(self.method.terms, self.strategy.wrapped, batch, self.step)
+                    terms, metrics = self.meter.watch(active, forward)
+                    loss, logged = objective(terms, weights, metrics | self._flags(batch))
+                with record_function("backward"):
+                    self.strategy.backward(loss / parts, logged["loss/total"])
             sums = {name: sums[name] + value if sums else value for name, value in logged.items()}
             for name in batch:
                 self.positions[name] += 1
             self.watch.beat(self.done)
-        norm = self.strategy.gradient_norm()
-        read = torch.stack([norm, *sums.values()]).tolist()  # the one host read of the step
-        values = {"train/gradient_norm": read[0]} | {
-            name: value / parts for name, value in zip(sums, read[1:], strict=True)
-        }
-        values["data/skipped"] *= parts
-        window.own.append(self.pace.seconds())
-        kept = math.isfinite(values["train/gradient_norm"]) and math.isfinite(values["loss/total"])
-        self._update(kept, before)
+        with record_function("optimiser"):
+            norm = self.strategy.gradient_norm()
+            read = torch.stack([norm, *sums.values()]).tolist()  # the one host read of the step
+            values = {"train/gradient_norm": read[0]} | {
+                name: value / parts for name, value in zip(sums, read[1:], strict=True)
+            }
+            values["data/skipped"] *= parts
+            window.own.append(self.pace.seconds())
+            kept = math.isfinite(values["train/gradient_norm"]) and math.isfinite(values["loss/total"])
+            self._update(kept, before)
         shown = {name: value for name, value in values.items() if not name.startswith("flag/")}
         named = {f"weight/{name}": weight for name, weight in weights.items()}
         window.add(shown | named if kept else {"data/skipped": values["data/skipped"]})
@@ -333,6 +345,11 @@ class Trainer:
         self.monitor.progress(self.done, values, late)
         if self.listener is not None:
             self.listener(self.done, self.saved, values)
+
+    def _profile(self) -> None:
+        """A step was taken. Files are not waited for by the watch: ranks write theirs at different speeds."""
+        with self.watch.resting() if self.profiler.ending else nullcontext():
+            self.profiler.step(self.done)
 
     def _validate(self) -> bool:
         """Mean Dice on the cases set aside by data.select; whether it is the best so far. Collective."""
