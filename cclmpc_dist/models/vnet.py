@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.models.instance_norm import InstanceNorm2d, InstanceNorm3d
 
 STRIDES = (1, 2, 4, 8, 16)
 ENCODER_DEPTHS = (1, 2, 3, 3, 3)
@@ -45,7 +46,7 @@ def normalisation(kind: str, dims: int, channels: int) -> nn.Module:
     if kind == "batch":
         return (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels)
     if kind == "instance":
-        return (nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d)(channels, affine=True)
+        return (InstanceNorm2d if dims == 2 else InstanceNorm3d)(channels, affine=True)
     if kind == "group":
         return nn.GroupNorm(math.gcd(8, channels), channels)
     assert kind == "sync_batch", kind
