@@ -22,7 +22,6 @@ from cclmpc_dist.methods.exchange_plan import Choice, exchange_plan
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import HEAD_STRIDE, DualBranch
 
-
 LABELLED, UNLABELLED = 0, 1
 Pieces = list[list[Tensor]]  # [view][stream]: a slice of a tensor of them all would cost a zero gradient of its size
 
@@ -136,7 +135,9 @@ class CCLMPC(Method):
         sizes = [len(part["image"]) for part in used]
         log_c = _pieces(out["conv"], sizes)
         log_t = _pieces(out["swin"], sizes) if self.with_swin else log_c
-        log_p = [[certainty.mean_log(*both) for both in zip(c, t, strict=True)] for c, t in zip(log_c, log_t, strict=True)]
+        log_p = [
+            [certainty.mean_log(*both) for both in zip(c, t, strict=True)] for c, t in zip(log_c, log_t, strict=True)
+        ]
         labels = batch["labelled"]["label"]
         pseudo = None
         if unlabelled:
@@ -163,7 +164,7 @@ class CCLMPC(Method):
     def _consistency(self, shared: Step) -> Terms:
         """docs/method.md 2 and 3: l_hdc on both streams, l_cp and l_av on the unlabelled one."""
         assert shared.pseudo is not None
-        between = [
+        between: list[Part] = [
             (0.5, squared(log_c.exp(), log_t.exp()))
             for views in zip(shared.log_c, shared.log_t, strict=True)
             for log_c, log_t in zip(*views, strict=True)

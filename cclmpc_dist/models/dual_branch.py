@@ -49,8 +49,8 @@ class DualBranch(nn.Module):
     ) -> None:
         super().__init__()
         width = model.filters * HEAD_STRIDE
-        self.encoder = Encoder(dims, channels, model.filters, model.norm, model.dropout)
-        self.conv = Decoder(dims, classes, model.filters, model.norm, model.dropout)
+        self.encoder = Encoder(dims, channels, model.filters, model.norm, model.dropout, model.recompute)
+        self.conv = Decoder(dims, classes, model.filters, model.norm, model.dropout, model.recompute)
         self.swin = _swin(model, dims, classes) if swin else None
         self.projection = Projection(width, model.projection) if projection else None
         self.embedding = Embedding(dims, width, model.embedding, model.norm) if embedding else None
@@ -110,4 +110,4 @@ def _swin(model: config.Model, dims: int, classes: int) -> nn.Module:
     from cclmpc_dist.models.swin import SwinDecoder  # only a run with two decoders reads it
 
     own = model.swin
-    return SwinDecoder(dims, classes, model.filters, own.depth, own.window, own.head_width)
+    return SwinDecoder(dims, classes, model.filters, own.depth, own.window, own.head_width, model.recompute)
