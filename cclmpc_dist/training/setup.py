@@ -1,6 +1,8 @@
 """What a run trains on: its streams, and how many steps its budget is."""
 
 import numpy as np
+import torch
+from torch import nn
 
 from cclmpc_dist.config import Config, check_world
 from cclmpc_dist.data.ahead import blocks
@@ -10,6 +12,14 @@ from cclmpc_dist.data.remote import GIB, RemoteIndex
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.methods.method import Method
 from cclmpc_dist.training.schedule import total_steps
+
+
+def module(config: Config, method: Method) -> nn.Module:
+    """The method's module, in the memory layout of `channels_last`."""
+    built = method.build()
+    if config.channels_last:
+        built.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[config.dims])  # type: ignore[call-overload]
+    return built
 
 
 def streams(
