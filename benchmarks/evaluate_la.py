@@ -29,7 +29,8 @@ from cclmpc_dist.config import Model
 from cclmpc_dist.distributed.runtime import keep_memory
 from cclmpc_dist.evaluation.inference import sliding_window, starts
 from cclmpc_dist.evaluation.metrics import mask_metrics
-from cclmpc_dist.losses.segmentation import log_softmax, seg
+from cclmpc_dist.losses.certainty import likeliest
+from cclmpc_dist.losses.segmentation import log_softmax, seg, softmax
 from cclmpc_dist.models.dual_branch import DualBranch
 from cclmpc_dist.training.run import environment
 
@@ -141,10 +142,10 @@ def ours_whole(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -
     """Labels (*S) as `cclmpc eval` finds them."""
 
     def predict(x: torch.Tensor) -> torch.Tensor:
-        return log_softmax(net(x)).exp()
+        return softmax(net(x))
 
     found = sliding_window(predict, torch.from_numpy(image)[None], PATCH, STRIDE, classes=CLASSES)
-    return found.argmax(0).to(torch.uint8).numpy()
+    return likeliest(found[None])[0].to(torch.uint8).numpy()
 
 
 def measure(volumes: list[Path], steps: int) -> list[dict[str, Any]]:

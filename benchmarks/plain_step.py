@@ -10,7 +10,7 @@ optimiser that visits one tensor after the other, float32, contiguous, the C lib
 positions, so that in float32 both have one loss. Published networks return all their outputs from every pass; "whole
 passes" does so for the originals too. Norm is instance and dropout off, which makes separate passes equal to one. A
 step is one batch from the shards without its loading: forward, backward, gradient norm, optimiser, bank. Each variant
-runs in a process of its own, the variants in turns, round by round; a process takes two steps to warm up.
+runs in a process of its own, the variants in turns, round by round; a process takes one step to warm up.
 """
 
 import argparse
@@ -55,7 +55,7 @@ VARIANTS = {  # name -> settings
 }
 PLAINS = (PLAIN, WHOLE, KEPT)
 STEPS, AT = 1000, 500  # of the schedule; every term is on at this step
-WARMUP = 2  # steps of a process
+WARMUP = 1  # steps of a process
 
 
 class PlainPasses(nn.Module):
@@ -161,7 +161,7 @@ def step_of(config: Config, variant: str) -> Callable[[], tuple[float, float]]:
 
 
 def take(config: str, overrides: list[str], variant: str, steps: int) -> dict[str, Any]:
-    """Seconds of the steps after warming up, the loss of the first of them, peak memory of this process in MiB."""
+    """Seconds of the steps after warming up, losses of all, peak memory of this process in MiB."""
     if variant not in PLAINS or variant == KEPT:
         keep_memory()
     with plainly() if variant in PLAINS else nullcontext():
@@ -169,7 +169,11 @@ def take(config: str, overrides: list[str], variant: str, steps: int) -> dict[st
         taken = [step() for _ in range(WARMUP + steps)]
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     assert peak is not None
-    return {"seconds": [s for s, _ in taken[WARMUP:]], "loss": taken[WARMUP][1], "memory": int(peak[1]) / 1024}
+    return {
+        "seconds": [s for s, _ in taken[WARMUP:]],
+        "losses": [loss for _, loss in taken],
+        "memory": int(peak[1]) / 1024,
+    }
 
 
 def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -189,7 +193,7 @@ def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[
             "seconds_max": (max(seconds[name]), "s"),
             "speedup": (statistics.median(seconds[PLAIN]) / statistics.median(seconds[name]), "x"),
             "memory": (max(row["memory"] for row in rows), "MiB"),
-            "loss": (rows[0]["loss"], "1"),
+            "loss": (rows[0]["losses"][0], "1"),
         }
         common = {"bench": "plain_step", "case": case, "variant": name}
         records += [common | {"metric": metric, "value": v, "unit": unit} for metric, (v, unit) in values.items()]

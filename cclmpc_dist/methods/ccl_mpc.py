@@ -16,7 +16,7 @@ from cclmpc_dist.distributed.exchange import Group, group_rank, group_size, own_
 from cclmpc_dist.losses import certainty, contrast, sampling
 from cclmpc_dist.losses.consistency import squared
 from cclmpc_dist.losses.memory_bank import MemoryBank, by_class, gather_offers
-from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg
+from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg, softmax
 from cclmpc_dist.losses.terms import Additive, Part
 from cclmpc_dist.methods.exchange_plan import Choice, exchange_plan
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
@@ -304,8 +304,8 @@ class CCLMPC(Method):
 
         def predict(image: Tensor) -> Tensor:
             out = module(image, swin=mean)
-            log_c = log_softmax(out["conv"])
-            return (certainty.mean_log(log_c, log_softmax(out["swin"])) if mean else log_c).exp()
+            p_c = softmax(out["conv"])
+            return (p_c + softmax(out["swin"])) / 2 if mean else p_c
 
         return predict
 
