@@ -1,19 +1,27 @@
-"""A training step of CCL-MPC against a plain version of itself: seconds, and how far their losses lie apart.
+"""A training step of CCL-MPC against a plain version of itself: seconds, peak memory, and whether the losses agree.
 
     python benchmarks/plain_step.py configs/la_cpu.yaml --out benchmarks/results/plain_step.json
+    python benchmarks/plain_step.py configs/la.yaml data.batch_labelled=1 data.batch_unlabelled=1 \\
+        --steps 1 --rounds 1 --out benchmarks/results/plain_step_la.json
 
-Plain is how research code usually writes the same losses: a forward pass of the whole network for each view and for
-the originals, sampling in loops over images and classes, all logits of the contrast at once, an optimiser that visits
-one tensor after the other, float32, contiguous. It draws the same positions, so that in float32 both have one loss.
-Norm is instance and dropout off, which makes separate passes equal to one. A step is one batch from the shards
-without its loading: forward, backward, gradient norm, optimiser, bank. The variants take turns, round by round.
+Plain is how research code usually writes the same losses: a pass of the network for each view, one of the encoder for
+the originals, torch's layers, sampling in loops over images and classes, all logits of the contrast at once, an
+optimiser that visits one tensor after the other, float32, contiguous, the C library's memory. It draws the same
+positions, so that in float32 both have one loss. Published networks return all their outputs from every pass; "whole
+passes" does so for the originals too. Norm is instance and dropout off, which makes separate passes equal to one. A
+step is one batch from the shards without its loading: forward, backward, gradient norm, optimiser, bank. Each variant
+runs in a process of its own, the variants in turns, round by round; a process takes one step to warm up.
 """
 
 import argparse
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,29 +33,37 @@ from cclmpc_dist.config import Config, load
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import Index, select
 from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.distributed.runtime import keep_memory
 from cclmpc_dist.losses import certainty, sampling
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
+from cclmpc_dist.models import vnet
 from cclmpc_dist.training.objective import objective
 from cclmpc_dist.training.run import environment
 
 COMMON = ["model.norm=instance", "model.dropout=0", "ccl_mpc.t_contrast=0"]
-PLAIN = "plain, float32"
+PLAIN, WHOLE, KEPT = "plain", "plain, whole passes", "plain, freed memory kept"
+CONTIGUOUS = ["precision=fp32", "channels_last=false"]
+NAIVE = [*CONTIGUOUS, "ccl_mpc.contrast.exchange=naive"]
 VARIANTS = {  # name -> settings
-    PLAIN: ["precision=fp32", "channels_last=false", "ccl_mpc.contrast.exchange=naive"],
-    "ours, float32": ["precision=fp32", "channels_last=false"],
+    PLAIN: NAIVE,
+    WHOLE: NAIVE,
+    KEPT: NAIVE,
+    "ours, float32": CONTIGUOUS,
     "ours, float32, channels last": ["precision=fp32", "channels_last=true"],
     "ours, bf16, channels last": ["precision=bf16", "channels_last=true"],
 }
+PLAINS = (PLAIN, WHOLE, KEPT)
 STEPS, AT = 1000, 500  # of the schedule; every term is on at this step
+WARMUP = 1  # steps of a process
 
 
 class PlainPasses(nn.Module):
-    """The module with one whole pass for each view and one for the originals."""
+    """The module with a pass for each view, and one for the originals: of the encoder, or of everything."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, whole: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.whole = module, whole
 
     def forward(self, views: Tensor, originals: Tensor, **asked: Any) -> dict[str, Tensor]:
         asked.pop("detach_originals")
@@ -55,7 +71,11 @@ class PlainPasses(nn.Module):
         halves = zip(views.chunk(2), positions.chunk(2), strict=True)
         passes = [self.module(view, positions=at, **asked) for view, at in halves]
         out = {name: torch.cat([one[name] for one in passes]) for name in passes[0]}
-        return out | {"original_projection": self.module(originals, positions=others, **asked)["projection"]}
+        if self.whole:
+            projection = self.module(originals, positions=others, **asked)["projection"]
+        else:
+            projection = self.module._project(self.module.encoder.shallow(originals)[-1], others)
+        return out | {"original_projection": projection}
 
 
 def loop_anchors(
@@ -93,7 +113,19 @@ def plain_likeliest(log_p: Tensor) -> Tensor:
     return log_p.argmax(1)
 
 
-def step_of(config: Config, plain: bool) -> Callable[[], tuple[float, float]]:
+@contextmanager
+def plainly() -> Iterator[None]:
+    """torch's own layers and the loops."""
+    with (
+        patch.object(vnet, "InstanceNorm3d", nn.InstanceNorm3d),
+        patch.object(sampling, "sample_anchors", loop_anchors),
+        patch.object(sampling, "sample_offers", loop_offers),
+        patch.object(certainty, "likeliest", plain_likeliest),
+    ):
+        yield
+
+
+def step_of(config: Config, variant: str) -> Callable[[], tuple[float, float]]:
     """A function that takes one step on the same batch again and again: seconds, total loss."""
     index = Index.open(config.data.path)
     cases = select(index, config.data.labelled, 0)
@@ -108,7 +140,8 @@ def step_of(config: Config, plain: bool) -> Callable[[], tuple[float, float]]:
     for name, size in sizes.items():
         stream = Stream(index, name, cases[name], size, config.seed, config.data.patch, with_label=name == "labelled")
         batch[name] = to_device(next(iter(loader(stream, 0, 1, 0, 1, 0))), "cpu")
-    model = PlainPasses(module) if plain else module
+    plain = variant in PLAINS
+    model = PlainPasses(module, whole=variant == WHOLE) if plain else module
     options: dict[str, Any] = {"lr": 1e-5, "weight_decay": 1e-4, "foreach": not plain}
     optimizer = torch.optim.AdamW(module.parameters(), **options)
 
@@ -127,56 +160,63 @@ def step_of(config: Config, plain: bool) -> Callable[[], tuple[float, float]]:
     return step
 
 
-def plain_step(step: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-    with (
-        patch.object(sampling, "sample_anchors", loop_anchors),
-        patch.object(sampling, "sample_offers", loop_offers),
-        patch.object(certainty, "likeliest", plain_likeliest),
-    ):
-        return step()
-
-
-def measure(config: str, overrides: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Records of every variant: median, least and most seconds of a step, the first step's loss."""
-    steps = {
-        name: step_of(load(config, [*COMMON, *overrides, *settings]), name == PLAIN)
-        for name, settings in VARIANTS.items()
+def take(config: str, overrides: list[str], variant: str, steps: int) -> dict[str, Any]:
+    """Seconds of the steps after warming up, losses of all, peak memory of this process in MiB."""
+    if variant not in PLAINS or variant == KEPT:
+        keep_memory()
+    with plainly() if variant in PLAINS else nullcontext():
+        step = step_of(load(config, [*COMMON, *overrides, *VARIANTS[variant]]), variant)
+        taken = [step() for _ in range(WARMUP + steps)]
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return {
+        "seconds": [s for s, _ in taken[WARMUP:]],
+        "losses": [loss for _, loss in taken],
+        "memory": int(peak[1]) / 1024,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    losses: dict[str, float] = {}
-    for number in range(rounds + 1):  # the first warms up
-        for name, step in steps.items():
-            took, loss = plain_step(step) if name == PLAIN else step()
-            if number == 0:
-                losses[name] = loss
-            else:
-                seconds[name].append(took)
+
+
+def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Records of every variant."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for _ in range(rounds):
+        for name, rows in found.items():
+            command = [sys.executable, __file__, config, *overrides, "--variant", name, "--steps", str(steps)]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    seconds = {name: [s for row in rows for s in row["seconds"]] for name, rows in found.items()}
     case = " ".join([Path(config).stem, *overrides])
-    found = []
-    for name in VARIANTS:
+    records = []
+    for name, rows in found.items():
         values = {
             "seconds": (statistics.median(seconds[name]), "s"),
             "seconds_min": (min(seconds[name]), "s"),
             "seconds_max": (max(seconds[name]), "s"),
-            "speedup": (statistics.median(seconds[PLAIN]) / statistics.median(seconds[name]), "1"),
-            "loss": (losses[name], "1"),
+            "speedup": (statistics.median(seconds[PLAIN]) / statistics.median(seconds[name]), "x"),
+            "memory": (max(row["memory"] for row in rows), "MiB"),
+            "loss": (rows[0]["losses"][0], "1"),
         }
         common = {"bench": "plain_step", "case": case, "variant": name}
-        found += [common | {"metric": metric, "value": v, "unit": unit} for metric, (v, unit) in values.items()]
-    return found
+        records += [common | {"metric": metric, "value": v, "unit": unit} for metric, (v, unit) in values.items()]
+    return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="settings, as in data.batch_labelled=1")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="of each variant in a round, after warming up")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    records = measure(arguments.config, arguments.overrides, arguments.rounds)
-    arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
+    if arguments.variant:
+        print(json.dumps(take(arguments.config, arguments.overrides, arguments.variant, arguments.steps)))
+        return
+    records = measure(arguments.config, arguments.overrides, arguments.rounds, arguments.steps)
     for record in records:
         print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

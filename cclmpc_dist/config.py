@@ -104,6 +104,10 @@ class Model(Settings):
     filters: PositiveInt = Field(16, description="V-Net channels at full resolution; they double at each of 4 halvings")
     norm: Literal["batch", "instance", "group", "sync_batch"] = Field("batch", description="normalisation layers")
     dropout: float = _fraction(0.5, "whole-channel dropout at the bottom and before the last layer")
+    recompute: tuple[Literal[1, 2, 4, 8, 16], ...] = Field(
+        (), description="strides of the stages, of encoder and decoders alike, whose activations backward computes "
+        "anew: less memory, more time, the same numbers (docs/training.md)"
+    )  # fmt: skip
     swin: Swin = Swin()
     projection: PositiveInt = Field(128, description="width of the SBCL projection [F]")
     embedding: PositiveInt = Field(256, description="width of the CGCL embedding [P]")

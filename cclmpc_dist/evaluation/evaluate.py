@@ -25,6 +25,7 @@ from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.inference import Blend, Predict, by_slice, sliding_window
 from cclmpc_dist.evaluation.metrics import COLUMNS, STATISTICS, Row, by_case, case_metrics, summary
+from cclmpc_dist.losses.certainty import likeliest
 
 Evaluated = tuple[
     str, Tensor, np.ndarray | None, Sequence[float]
@@ -75,7 +76,7 @@ def evaluate(
     for key, image, label, spacing in cases:
         look = by_slice if image.ndim == len(patch) + 2 else sliding_window
         probabilities = look(predict, image.to(device), patch, stride, classes=classes, batch=batch, blend=blend)
-        prediction = probabilities.argmax(0).to(torch.uint8).cpu().numpy()
+        prediction = likeliest(probabilities[None])[0].to(torch.uint8).cpu().numpy()
         rows += [{"case": key, **row} for row in _score(prediction, label, spacing, classes)]
         if folder is not None:
             save_prediction(folder, key, image[0], label, prediction, spacing)

@@ -18,7 +18,7 @@ from cclmpc_dist.evaluation.evaluate import Meta, save
 from cclmpc_dist.evaluation.metrics import Row
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
-from cclmpc_dist.training import checkpoint, run
+from cclmpc_dist.training import checkpoint, run, setup
 
 Which = Literal["last", "best"]
 Split = Literal["val", "select", "unlabelled", "labelled"]
@@ -49,7 +49,7 @@ def evaluate_run(
                          "with its labels, or choose another --split")  # fmt: skip
     step = _step(folder, which)
     method = create(config, Corpus(index.channels, index.classes))
-    module = method.build().to(device).eval()
+    module = setup.module(config, method).to(device).eval()
     weights: Literal["model", "ema"] = "ema" if config.ema else "model"
     _load(module, folder, step, weights)
     if runtime.rank() == 0:

@@ -57,7 +57,7 @@ def sliding_window(
         places = [tuple(slice(a, a + p) for a, p in zip(corner, patch, strict=True)) for corner in corners]
         answer = predict(torch.stack([padded[(slice(None), *place)] for place in places])).float()
         assert answer.shape == (len(places), classes, *patch), f"predict gave {tuple(answer.shape)}"
-        for place, probabilities in zip(places, answer * window, strict=True):
+        for place, probabilities in zip(places, answer if blend == "uniform" else answer * window, strict=True):
             total[(slice(None), *place)] += probabilities
     # A window's weight is a product over axes, so the sum over the grid of windows is one too.
     seen = [_cover(n, a, w) for n, a, w in zip(padded.shape[1:], axes, weights, strict=True)]

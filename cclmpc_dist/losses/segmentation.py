@@ -54,6 +54,11 @@ def log_softmax(logits: Float[Tensor, "B K *S"]) -> Float[Tensor, "B K *S"]:
     return logits.log_softmax(1, dtype=wide(logits))
 
 
+def softmax(logits: Float[Tensor, "B K *S"]) -> Float[Tensor, "B K *S"]:
+    """Class probabilities in at least float32."""
+    return logits.softmax(1, dtype=wide(logits))
+
+
 def wide(x: Tensor) -> torch.dtype:
     """x's type, or float32 where it is narrower."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -17,25 +17,29 @@ from cclmpc_dist.distributed.exchange import Group, group_rank, group_size, own_
 from cclmpc_dist.losses import certainty, contrast, sampling
 from cclmpc_dist.losses.consistency import squared
 from cclmpc_dist.losses.memory_bank import MemoryBank, by_class, gather_offers
-from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg
+from cclmpc_dist.losses.segmentation import IGNORE, log_softmax, seg, softmax
 from cclmpc_dist.losses.terms import Additive, Part
 from cclmpc_dist.methods.exchange_plan import Choice, exchange_plan
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import HEAD_STRIDE, DualBranch
+
+LABELLED, UNLABELLED = 0, 1
+Pieces = list[list[Tensor]]  # [view][stream]: a slice of a tensor of them all would cost a zero gradient of its size
 
 
 @dataclass
 class Step:
     """What the terms of one microbatch share. Views of an image: index 0 and 1 of the first axis.
 
-    log_c, log_t, log_p: (2, B, K, *S) log-probabilities of D_c, D_t and their mean; log_t is log_c without the Swin
-    decoder. labels: (b_L, *S). pseudo: (b_U, *S), IGNORE where uncertain. labelled: b_L, the first of the B images.
+    log_c, log_t, log_p: log-probabilities of D_c, D_t and their mean, [view][stream] (b, K, *S); log_t is log_c without
+    the Swin decoder. labels: (b_L, *S). pseudo: (b_U, *S), IGNORE where uncertain. labelled: b_L, the first of the B
+    images.
     """
 
     out: dict[str, Tensor]
-    log_c: Tensor
-    log_t: Tensor
-    log_p: Tensor
+    log_c: Pieces
+    log_t: Pieces
+    log_p: Pieces
     labels: Tensor
     pseudo: Tensor | None
     keys: Tensor
@@ -103,7 +107,7 @@ class CCLMPC(Method):
         metrics: Metrics = {}
         if shared.pseudo is not None:
             metrics["train/certain_fraction"] = _share(shared.pseudo != IGNORE)
-            one = shared.log_p.new_ones(())
+            one = shared.log_p[0][UNLABELLED].new_ones(())
             metrics["train/gamma"] = Additive(one * self._gamma(step), one)
         if weights["hdc"] > 0:
             terms |= self._consistency(shared)
@@ -129,13 +133,16 @@ class CCLMPC(Method):
             asked["detach_originals"] = settings.keys == "detached"
             asked["original_positions"] = draws.subset(keys, "negatives", places, min(settings.n_negatives, places))
         out = model(seen, swin=self.with_swin, embed=weights["cgcl"] > 0, **asked)
-        log_c = log_softmax(out["conv"]).unflatten(0, (2, -1))
-        log_t = log_softmax(out["swin"]).unflatten(0, (2, -1)) if self.with_swin else log_c
-        log_p = certainty.mean_log(log_c, log_t)
+        sizes = [len(part["image"]) for part in used]
+        log_c = _pieces(out["conv"], sizes)
+        log_t = _pieces(out["swin"], sizes) if self.with_swin else log_c
+        log_p = [
+            [certainty.mean_log(*both) for both in zip(c, t, strict=True)] for c, t in zip(log_c, log_t, strict=True)
+        ]
         labels = batch["labelled"]["label"]
         pseudo = None
         if unlabelled:
-            both = certainty.mean_log(log_p[0, len(labels) :].detach(), log_p[1, len(labels) :].detach())
+            both = certainty.mean_log(*(view[UNLABELLED].detach() for view in log_p))
             pseudo = certainty.partition(both, self._gamma(step))
         lanes = {name: batch[name]["lane"] for name in ("labelled", "unlabelled") if unlabelled or name == "labelled"}
         return Step(out, log_c, log_t, log_p, labels, pseudo, keys, lanes, _map_size(images))
@@ -152,18 +159,22 @@ class CCLMPC(Method):
             for weight, log_p in decoders
             if weight > 0
             for view in (0, 1)
-            for coefficient, value in seg(log_p[view, : shared.labelled], shared.labels)
+            for coefficient, value in seg(log_p[view][LABELLED], shared.labels)
         ]
 
     def _consistency(self, shared: Step) -> Terms:
         """docs/method.md 2 and 3: l_hdc on both streams, l_cp and l_av on the unlabelled one."""
         assert shared.pseudo is not None
-        split = shared.labelled
-        p_c, p_t, p = shared.log_c.exp(), shared.log_t.exp(), shared.log_p.exp()
+        between: list[Part] = [
+            (0.5, squared(log_c.exp(), log_t.exp()))
+            for views in zip(shared.log_c, shared.log_t, strict=True)
+            for log_c, log_t in zip(*views, strict=True)
+        ]
+        first, second = (view[UNLABELLED] for view in shared.log_p)
         return {
-            "hdc": [(1.0, squared(p_c[:, :split], p_t[:, :split])), (1.0, squared(p_c[:, split:], p_t[:, split:]))],
-            "cp": [part for view in (0, 1) for part in seg(shared.log_p[view, split:], shared.pseudo)],
-            "av": [(1.0, squared(p[0, split:], p[1, split:]))],
+            "hdc": between,
+            "cp": [part for log_p in (first, second) for part in seg(log_p, shared.pseudo)],
+            "av": [(1.0, squared(first.exp(), second.exp()))],
         }
 
     def _classes_on_map(self, shared: Step) -> Tensor:
@@ -207,7 +218,8 @@ class CCLMPC(Method):
         classes = self._classes_on_map(shared)
         embedding = shared.out["embedding"].unflatten(0, (2, -1)).flatten(3)  # (2, B, F, P)
         features = embedding.permute(1, 0, 3, 2).flatten(1, 2)  # (B, 2P, F): view 1's positions, then view 2's
-        guess = certainty.likeliest(certainty.nearest(shared.log_p.detach().flatten(0, 1), shared.map_size))
+        small = [certainty.nearest(piece.detach(), shared.map_size) for view in shared.log_p for piece in view]
+        guess = certainty.likeliest(torch.cat(small))
         labels = classes.repeat(1, 2)
         hard = guess.unflatten(0, (2, -1)).transpose(0, 1).flatten(1) != labels
         index, valid = sampling.sample_anchors(
@@ -295,14 +307,20 @@ class CCLMPC(Method):
 
         def predict(image: Tensor) -> Tensor:
             out = module(image, swin=mean)
-            log_c = log_softmax(out["conv"])
-            return (certainty.mean_log(log_c, log_softmax(out["swin"])) if mean else log_c).exp()
+            p_c = softmax(out["conv"])
+            return (p_c + softmax(out["swin"])) / 2 if mean else p_c
 
         return predict
 
 
 def _bank_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("bank."): value for name, value in state.items()}
+
+
+def _pieces(logits: Tensor, sizes: list[int]) -> Pieces:
+    """Log-probabilities of logits (2 B, K, *S): the streams of view 1, then those of view 2, of the given sizes."""
+    found = [log_softmax(part) for part in logits.split(2 * sizes)]
+    return [found[: len(sizes)], found[len(sizes) :]]
 
 
 def _share(mask: Tensor) -> Additive:

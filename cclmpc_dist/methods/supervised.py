@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cclmpc_dist.losses.segmentation import log_softmax, seg
+from cclmpc_dist.losses.segmentation import log_softmax, seg, softmax
 from cclmpc_dist.methods.method import Batch, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import DualBranch
 
@@ -35,4 +35,4 @@ class Supervised(Method):
         return {"sup": seg(log_p, labelled["label"])}, {}
 
     def predictor(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda image: log_softmax(module(image)["conv"]).exp()
+        return lambda image: softmax(module(image)["conv"])

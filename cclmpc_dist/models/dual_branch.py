@@ -16,6 +16,19 @@ def sample(map_: Tensor, positions_BN: Tensor) -> Tensor:
     return vectors.gather(1, positions_BN[..., None].expand(-1, -1, vectors.shape[2]))
 
 
+class _First(torch.autograd.Function):
+    """x[:n]; backward fills in the layout of the gradient, where a slice's would write contiguous zeros."""
+
+    @staticmethod
+    def forward(ctx, x, n):  # type: ignore
+        ctx.rest = len(x) - n
+        return x[:n]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore
+        return torch.cat([grad, *[torch.zeros_like(grad[:1])] * ctx.rest]), None
+
+
 class DualBranch(nn.Module):
     """Encoder, convolutional decoder, and where asked the Swin decoder and the heads; with none, the V-Net.
 
@@ -36,8 +49,8 @@ class DualBranch(nn.Module):
     ) -> None:
         super().__init__()
         width = model.filters * HEAD_STRIDE
-        self.encoder = Encoder(dims, channels, model.filters, model.norm, model.dropout)
-        self.conv = Decoder(dims, classes, model.filters, model.norm, model.dropout)
+        self.encoder = Encoder(dims, channels, model.filters, model.norm, model.dropout, model.recompute)
+        self.conv = Decoder(dims, classes, model.filters, model.norm, model.dropout, model.recompute)
         self.swin = _swin(model, dims, classes) if swin else None
         self.projection = Projection(width, model.projection) if projection else None
         self.embedding = Embedding(dims, width, model.embedding, model.norm) if embedding else None
@@ -85,7 +98,8 @@ class DualBranch(nn.Module):
                 original_map = self.encoder.shallow(originals)[-1]
             return self.encoder.shallow(views), original_map
         both = self.encoder.shallow(torch.cat([views, originals]))
-        return [level[: len(views)] for level in both], both[-1][len(views) :]
+        last, original_map = both[-1].split([len(views), len(originals)])
+        return [*(_First.apply(level, len(views)) for level in both[:-1]), last], original_map
 
     def _project(self, map_: Tensor, positions: Tensor) -> Tensor:
         assert self.projection is not None, "built without the projection head"
@@ -96,4 +110,4 @@ def _swin(model: config.Model, dims: int, classes: int) -> nn.Module:
     from cclmpc_dist.models.swin import SwinDecoder  # only a run with two decoders reads it
 
     own = model.swin
-    return SwinDecoder(dims, classes, model.filters, own.depth, own.window, own.head_width)
+    return SwinDecoder(dims, classes, model.filters, own.depth, own.window, own.head_width, model.recompute)

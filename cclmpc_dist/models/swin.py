@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cclmpc_dist.models.recompute import recomputed
+
 STRIDES = (16, 8, 4)
 
 
@@ -134,13 +136,22 @@ class SwinDecoder(nn.Module):
 
     Stages of `depth` blocks at strides 16, 8 and 4. Between them the map is expanded twofold and the
     encoder's map is added, as the V-Net does; after the last it is expanded fourfold, the map at stride 1
-    is added, then ReLU and a linear layer: little work at full resolution.
+    is added, then ReLU and a linear layer: little work at full resolution. recompute: strides of the stages whose
+    activations backward computes anew.
     """
 
     def __init__(
-        self, dims: int, classes: int, filters: int, depth: int, window: Sequence[int], head_width: int
+        self,
+        dims: int,
+        classes: int,
+        filters: int,
+        depth: int,
+        window: Sequence[int],
+        head_width: int,
+        recompute: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.recompute = frozenset(recompute)
         widths = [filters * stride for stride in STRIDES]
         self.stages = nn.ModuleList(_stage(width, depth, window, head_width) for width in widths)
         steps = zip(widths, [*widths[1:], filters], (2, 2, 4), strict=True)
@@ -150,8 +161,9 @@ class SwinDecoder(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         s1, _, s4, s8, s16 = (level.movedim(1, -1) for level in pyramid)
         x = s16
-        for stage, expand, skip in zip(self.stages, self.expands, (s8, s4, s1), strict=True):
-            x = expand(stage(x)) + skip
+        for stride, stage, expand, skip in zip(STRIDES, self.stages, self.expands, (s8, s4, s1), strict=True):
+            again = stride in self.recompute
+            x = expand(recomputed(stage, stage, x) if again else stage(x)) + skip
         return self.head(x).movedim(-1, 1)
 
 

@@ -7,12 +7,15 @@ picks the operators.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.models.instance_norm import InstanceNorm2d, InstanceNorm3d
+from cclmpc_dist.models.recompute import recomputed
 
 STRIDES = (1, 2, 4, 8, 16)
 ENCODER_DEPTHS = (1, 2, 3, 3, 3)
@@ -45,7 +48,7 @@ def normalisation(kind: str, dims: int, channels: int) -> nn.Module:
     if kind == "batch":
         return (nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d)(channels)
     if kind == "instance":
-        return (nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d)(channels, affine=True)
+        return (InstanceNorm2d if dims == 2 else InstanceNorm3d)(channels, affine=True)
     if kind == "group":
         return nn.GroupNorm(math.gcd(8, channels), channels)
     assert kind == "sync_batch", kind
@@ -78,10 +81,22 @@ def _dropout(dims: int, p: float) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """(B, channels, *S) -> a pyramid of five maps at strides 1, 2, 4, 8, 16; S in multiples of 16."""
+    """(B, channels, *S) -> a pyramid of five maps at strides 1, 2, 4, 8, 16; S in multiples of 16.
 
-    def __init__(self, dims: int, channels: int, filters: int = 16, norm: str = "batch", dropout: float = 0.5) -> None:
+    recompute: strides of the stages whose activations backward computes anew.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        filters: int = 16,
+        norm: str = "batch",
+        dropout: float = 0.5,
+        recompute: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.recompute = frozenset(recompute)
         widths = [filters * stride for stride in STRIDES]
         inputs = [channels, *widths[1:]]
         self.blocks = nn.ModuleList(
@@ -92,14 +107,23 @@ class Encoder(nn.Module):
 
     def shallow(self, x: Tensor) -> list[Tensor]:
         """The maps at strides 1, 2, 4, 8."""
-        maps = [self.blocks[0](x)]
-        for down, block in zip(self.downs[:3], self.blocks[1:4], strict=True):
-            maps.append(block(down(maps[-1])))
+        maps = [self._run(0, x)]
+        for level in (1, 2, 3):
+            maps.append(self._run(level, maps[-1]))
         return maps
 
     def deep(self, s8: Tensor) -> Tensor:
         """The map at stride 16, from the one at stride 8, after dropout."""
-        return self.dropout(self.blocks[4](self.downs[3](s8)))
+        return self.dropout(self._run(4, s8))
+
+    def _run(self, level: int, x: Tensor) -> Tensor:
+        if STRIDES[level] in self.recompute:
+            return recomputed(partial(self._stage, level), self, x)
+        return self._stage(level, x)
+
+    def _stage(self, level: int, x: Tensor) -> Tensor:
+        found: Tensor = self.blocks[level](self.downs[level - 1](x) if level else x)
+        return found
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.shallow(x)
@@ -107,10 +131,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The pyramid -> logits (B, classes, *S)."""
+    """The pyramid -> logits (B, classes, *S). recompute: as the encoder's."""
 
-    def __init__(self, dims: int, classes: int, filters: int = 16, norm: str = "batch", dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        dims: int,
+        classes: int,
+        filters: int = 16,
+        norm: str = "batch",
+        dropout: float = 0.5,
+        recompute: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.recompute = frozenset(recompute)
         widths = [filters * stride for stride in STRIDES[::-1]]
         self.ups = nn.ModuleList(_up(dims, width, norm) for width in widths[:-1])
         self.blocks = nn.ModuleList(
@@ -121,6 +154,15 @@ class Decoder(nn.Module):
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         *skips, x = pyramid
-        for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
-            x = block(up(x) + skip)
+        for level in range(4):
+            x = self._run(level, x, skips[-1 - level])
         return self.head(self.dropout(x))
+
+    def _run(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        if STRIDES[-2 - level] in self.recompute:
+            return recomputed(partial(self._stage, level), self, x, skip)
+        return self._stage(level, x, skip)
+
+    def _stage(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        found: Tensor = self.blocks[level](self.ups[level](x) + skip)
+        return found

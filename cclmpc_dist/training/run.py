@@ -23,7 +23,7 @@ from cclmpc_dist.training.checkpoint import complete_steps, read_state
 # Settings that may change between the parts of a run: they are no part of what is optimised.
 FREE = ("log_every", "hang_seconds", "checkpoint", "evaluation", "profile", "runs", "data.path", "data.cache",
         "data.cache_gib", "data.workers", "data.on_error", "deepspeed", "ccl_mpc.contrast.exchange",
-        "ccl_mpc.contrast.tile")  # fmt: skip
+        "ccl_mpc.contrast.tile", "model.recompute")  # fmt: skip
 VERSIONED = ("torch", "accelerate", "numpy", "webdataset", "safetensors", "h5py", "scipy", "deepspeed", "blosc2")
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import nn
 
 from cclmpc_dist.config import Config, check_world
 from cclmpc_dist.data.ahead import blocks
@@ -14,6 +16,14 @@ from cclmpc_dist.methods.method import Method
 from cclmpc_dist.training.schedule import total_steps
 
 Part = tuple[str, Index, np.ndarray, int]  # name, corpus, samples, lanes
+
+
+def module(config: Config, method: Method) -> nn.Module:
+    """The method's module, in the memory layout of `channels_last`."""
+    built = method.build()
+    if config.channels_last:
+        built.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[config.dims])  # type: ignore[call-overload]
+    return built
 
 
 def streams(

@@ -113,10 +113,7 @@ class Trainer:
     def build(self) -> None:
         """Module, average and strategy, and the phase's beginning."""
         torch.manual_seed(draws.key(self.config.seed, "model"))
-        layout = {2: torch.channels_last, 3: torch.channels_last_3d}[self.config.dims]
-        self.module = self.method.build().to(self.device)
-        if self.config.channels_last:
-            self.module.to(memory_format=layout)  # type: ignore[call-overload]
+        self.module = setup.module(self.config, self.method).to(self.device)
         self.size = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         self.ema = Ema(self.module, self.config.ema) if self.config.ema else None
         self.strategy = strategy.create(self.config, self.accelerator, self.module)  # may replace the buffers

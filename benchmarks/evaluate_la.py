@@ -1,0 +1,212 @@
+"""LA volumes predicted and scored at the protocol's stride: UA-MT's loop and medpy against ours, same network.
+
+    pip install -e .[bench]
+    python benchmarks/evaluate_la.py LA/volumes --out benchmarks/results/evaluate_la.json
+
+UA-MT's way is written here after its published test script (Yu et al., MICCAI 2019): one patch a pass, softmax, a map
+of scores and one of counts in numpy, float32 and torch's usual layout; then medpy's dc, jc, hd95 and asd, one after
+the other. Ours is what `cclmpc eval` runs. The network is the V-Net of configs/la.yaml in evaluation mode, after a few
+steps on small patches, so that its answer looks like a segmentation; how good it is does not matter. Each volume and
+variant has a process of its own, the variants in turns; reading the volume and one warming pass are not counted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from cclmpc_dist.config import Model
+from cclmpc_dist.distributed.runtime import keep_memory
+from cclmpc_dist.evaluation.inference import sliding_window, starts
+from cclmpc_dist.evaluation.metrics import mask_metrics
+from cclmpc_dist.losses.certainty import likeliest
+from cclmpc_dist.losses.segmentation import log_softmax, seg, softmax
+from cclmpc_dist.models.dual_branch import DualBranch
+from cclmpc_dist.training.run import environment
+
+PATCH, STRIDE, CLASSES = (112, 112, 80), (18, 18, 4), 2
+SPACING = (0.625,) * 3
+LESSON = (64, 64, 48)  # patch of the few training steps
+THEIRS = "UA-MT's loop, medpy"
+VARIANTS = {THEIRS: "fp32", "ours, float32": "fp32", "ours, bf16": "bf16"}
+METRICS = ("dice", "jaccard", "hd95_voxel", "asd_voxel")
+PARTS = ("network", "windows", "metrics")  # windows: all of the sliding window but the network
+
+
+def network() -> DualBranch:
+    return DualBranch(Model(), 3, 1, CLASSES, swin=False, projection=False, embedding=False)
+
+
+def read(volume: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Image (*S) float32 and label (*S) bool."""
+    with h5py.File(volume / "mri_norm2.h5") as file:
+        return np.asarray(file["image"], np.float32), np.asarray(file["label"]) > 0
+
+
+def lesson(volumes: list[Path], steps: int) -> dict[str, torch.Tensor]:
+    """Weights after some steps on random patches."""
+    torch.manual_seed(0)
+    draw = np.random.default_rng(0)
+    module = network().to(memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
+    cases = [read(volume) for volume in volumes]
+    for _ in range(steps):
+        image, label = cases[draw.integers(len(cases))]
+        corners = [[draw.integers(n - p) for n, p in zip(image.shape, LESSON, strict=True)] for _ in range(2)]
+        places = [tuple(slice(a, a + p) for a, p in zip(corner, LESSON, strict=True)) for corner in corners]
+        x, y = (torch.from_numpy(np.stack([whole[place] for place in places])) for whole in (image, label))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = module(x[:, None])["conv"]
+        (_, entropy), (_, overlap) = seg(log_softmax(logits), y.long())
+        (entropy.sum / entropy.count + overlap.finish(overlap.sums)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module.state_dict()
+
+
+class Timed:
+    """A function, and the seconds spent in it."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.work, self.seconds = work, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        found = self.work(*arguments)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+def ua_mt(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
+    """Labels (*S) of an image no smaller than the patch."""
+    score = np.zeros((CLASSES, *image.shape), np.float32)
+    count = np.zeros(image.shape, np.float32)
+    first, second, third = (starts(n, p, s) for n, p, s in zip(image.shape, PATCH, STRIDE, strict=True))
+    for x in first:
+        for y in second:
+            for z in third:
+                place = slice(x, x + PATCH[0]), slice(y, y + PATCH[1]), slice(z, z + PATCH[2])
+                patch = torch.from_numpy(image[place][None, None].astype(np.float32))
+                probability = torch.softmax(net(patch), dim=1).numpy()[0]
+                score[(slice(None), *place)] = score[(slice(None), *place)] + probability
+                count[place] = count[place] + 1
+    return np.argmax(score / count[None], axis=0)
+
+
+def medpy(prediction: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    from medpy.metric import binary
+
+    functions = (binary.dc, binary.jc, binary.hd95, binary.asd)
+    return {name: float(function(prediction, label)) for name, function in zip(METRICS, functions, strict=True)}
+
+
+@torch.no_grad()
+def answer(variant: str, volume: Path, weights: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Seconds of the parts, metrics and number of windows; and the prediction."""
+    ours = variant != THEIRS
+    if ours:
+        keep_memory()
+    module = network().eval()
+    module.load_state_dict(torch.load(weights, weights_only=True))
+    if ours:
+        module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    image, label = read(volume)
+    net = Timed(lambda x: module(x)["conv"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=VARIANTS[variant] == "bf16"):
+        net(torch.zeros(1, 1, *PATCH))
+        net.seconds = 0.0
+        if ours:
+            predict: Callable[[], np.ndarray] = partial(ours_whole, net, image)
+        else:
+            predict = partial(ua_mt, net, image)
+        whole = Timed(predict)
+        prediction = whole() > 0
+    score = Timed(partial(mask_metrics, spacing=SPACING) if ours else medpy)
+    metrics = score(prediction, label)
+    windows = np.prod([len(starts(n, p, s)) for n, p, s in zip(image.shape, PATCH, STRIDE, strict=True)])
+    parts = {"network": net.seconds, "windows": whole.seconds - net.seconds, "metrics": score.seconds}
+    return {"parts": parts, "metrics": {name: metrics[name] for name in METRICS}, "windows": int(windows)}, prediction
+
+
+def ours_whole(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
+    """Labels (*S) as `cclmpc eval` finds them."""
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        return softmax(net(x))
+
+    found = sliding_window(predict, torch.from_numpy(image)[None], PATCH, STRIDE, classes=CLASSES)
+    return likeliest(found[None])[0].to(torch.uint8).numpy()
+
+
+def measure(volumes: list[Path], steps: int) -> list[dict[str, Any]]:
+    records = []
+    with tempfile.TemporaryDirectory() as place:
+        weights = Path(place) / "weights.pt"
+        torch.save(lesson(volumes, steps), weights)
+        for volume in volumes:
+            found = {variant: _in_process(variant, volume, weights, Path(place)) for variant in VARIANTS}
+            records += _records(volume.name, found)
+    return records
+
+
+def _in_process(variant: str, volume: Path, weights: Path, place: Path) -> tuple[dict[str, Any], np.ndarray]:
+    prediction = place / "prediction.npy"
+    command = [sys.executable, __file__, str(volume), "--variant", variant, "--weights", str(weights)]
+    told = subprocess.run([*command, "--out", str(prediction)], check=True, capture_output=True, text=True).stdout
+    return json.loads(told), np.load(prediction)
+
+
+def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> list[dict[str, Any]]:
+    first, truth = found[THEIRS]
+    records = []
+    for variant, (told, prediction) in found.items():
+        seconds = sum(told["parts"].values())
+        apart = max(abs(told["metrics"][name] - first["metrics"][name]) for name in METRICS)
+        values = {"seconds": (seconds, "s"), "speedup": (sum(first["parts"].values()) / seconds, "x")}
+        for part in PARTS:
+            values[part] = (told["parts"][part], "s")
+            values[f"{part}_speedup"] = (first["parts"][part] / told["parts"][part], "x")
+        values |= {
+            "number_of_windows": (told["windows"], "1"),
+            "voxels_otherwise": (int((prediction != truth).sum()), "1"),
+            "largest_metric_difference": (apart, "fraction or voxel"),
+            "dice": (told["metrics"]["dice"], "fraction"),
+        }
+        common = {"bench": "evaluate_la", "case": case, "variant": variant}
+        records += [common | {"metric": name, "value": value, "unit": unit} for name, (value, unit) in values.items()]
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("la", type=Path, help="folder of <case>/mri_norm2.h5")
+    parser.add_argument("--volumes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60, help="of training before")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        told, prediction = answer(arguments.variant, arguments.la, arguments.weights)
+        np.save(arguments.out, prediction)
+        print(json.dumps(told))
+        return
+    volumes = [path.parent for path in sorted(arguments.la.glob("*/mri_norm2.h5"))[: arguments.volumes]]
+    records = measure(volumes, arguments.steps)
+    arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
+    for record in records:
+        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
+
+
+if __name__ == "__main__":
+    main()
