@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def _parts(
     named = [] if list_file is None else [f"--list={list_file}"]
     cards = torch.cuda.device_count()
     ranks = [str(2**power) for power in range(8) if 2**power <= (cards or 2)]
-    yield Part("loader", _verb("loader", *volumes, *named), f"volumes of {la}" if la else "phantoms, without --la", 1)
+    yield _loader([*volumes, *named], f"volumes of {la}" if la else "phantoms, without --la")
     yield Part("eval", _verb("eval", *volumes), f"labels of {la}" if la else "random blobs, without --la", 1)
     yield Part("contrast", _verb("contrast", f"--device={'cuda' if cards else 'cpu'}"), "random features", 1)
     yield Part("checkpoint", _verb("checkpoint", f"--folder={folder}"), "phantoms, files in this folder")
@@ -122,6 +123,12 @@ def _parts(
     alone = ["data.batch_labelled=1", "data.batch_unlabelled=1"]
     how = [f"--ranks={','.join(ranks)}", f"--steps={STEPS}", f"--rounds={ROUNDS}", "--predict"]
     yield Part(f"scale_{name}", _verb("scale", str(path), *overrides, *alone, *how), f"{data}; 1 + 1 images a rank")
+
+
+def _loader(arguments: list[str], data: str) -> Part:
+    if find_spec("blosc2") is None:
+        arguments, data = [*arguments, "--rivals=gzip_h5,webdataset"], f"{data}; without blosc2, of the extra bench"
+    return Part("loader", _verb("loader", *arguments), data, 1)
 
 
 @contextmanager
