@@ -69,7 +69,7 @@ def test_all_benchmarks_are_there_with_options_that_they_know(tmp_path: Path) ->
             verbs.commands[verb].make_context(verb, [*arguments, "--out=x.json"])
         names = [part.name for part in parts]
         assert names == ["loader", "eval", "contrast", "checkpoint", "step_toy", "allreduce", "scale_toy"]
-        assert parts[0].data == ("volumes of LA" if la else "phantoms, without --la")
+        assert parts[0].data.startswith("volumes of LA" if la else "phantoms, without --la")
 
 
 def test_a_corpus_that_is_not_there_becomes_phantoms_in_words(toy_corpus: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_memory_that_ran_out_is_one_line_with_what_to_do(
     said = str(caught.value)
     assert "\n" not in said
     assert said.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
-    assert "halve data.batch_labelled" in said
+    assert "take model.recompute=[1,2], or in a new run precision=bf16" in said
     assert "profile.memory=true shows what holds it" in said
     assert "/s.pickle shows what held it" in str(profiling.exhausted(torch.OutOfMemoryError(OOM), Path("/s.pickle")))
 

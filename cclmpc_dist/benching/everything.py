@@ -126,6 +126,7 @@ def _parts(
 
 
 def _loader(arguments: list[str], data: str) -> Part:
+    arguments = [*arguments, "--workers=0"]
     if find_spec("blosc2") is None:
         arguments, data = [*arguments, "--rivals=gzip_h5,webdataset"], f"{data}; without blosc2, of the extra bench"
     return Part("loader", _verb("loader", *arguments), data, 1)

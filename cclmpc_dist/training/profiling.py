@@ -125,8 +125,9 @@ def exhausted(error: torch.OutOfMemoryError, snapshot: Path | None = None) -> In
     """One line for a GPU whose memory ran out: what was asked for, and what to do."""
     told = ". ".join(str(error).split(". ")[:3]).rstrip(".")
     look = f"{snapshot} shows what held it" if snapshot else "profile.memory=true shows what holds it"
-    return InputError(f"{told}: halve data.batch_labelled and data.batch_unlabelled and double accumulate, take "
-                      f"precision=bf16, or in a new run a smaller data.patch; {look}")  # fmt: skip
+    return InputError(f"{told}: take model.recompute=[1,2], or in a new run precision=bf16, half of "
+                      "data.batch_labelled and data.batch_unlabelled with twice accumulate, or a smaller data.patch; "
+                      + look)  # fmt: skip
 
 
 def label(module: nn.Module, name: str) -> None:
