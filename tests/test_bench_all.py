@@ -68,7 +68,7 @@ def test_all_benchmarks_are_there_with_options_that_they_know(tmp_path: Path) ->
             verb, *arguments = part.command[3:]
             verbs.commands[verb].make_context(verb, [*arguments, "--out=x.json"])
         names = [part.name for part in parts]
-        assert names == ["loader", "eval", "contrast", "checkpoint", "step_toy", "allreduce", "scale_toy"]
+        assert names == ["loader", "index_1m", "eval", "contrast", "checkpoint", "step_toy", "allreduce", "scale_toy"]
         assert parts[0].data.startswith("volumes of LA" if la else "phantoms, without --la")
 
 
