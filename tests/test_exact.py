@@ -104,7 +104,7 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("world", SOME)
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
 def test_ccl_mpc_is_exact(world: int, toy_corpus: Path) -> None:
     _equal_one_process(world, SOME[world], toy_corpus)
 

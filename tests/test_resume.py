@@ -25,7 +25,7 @@ def _write(path: Path, raw: dict) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_run_ends_with_the_same_bits(world: int, toy_corpus: Path, tmp_path: Path) -> None:
     """Every rank's own file too: norm statistics, random state, its shard of the bank."""
     layout = {2: "replicated", 3: "sharded"}[world]

@@ -24,6 +24,7 @@ from cclmpc_dist.data.store import Stopped
 from cclmpc_dist.errors import InputError
 
 THREADS = 4  # files fetched at a time, a stream and rank
+PAGE = 4096  # bytes that a file takes of a disk are a multiple of this
 AGAIN = 1.0  # seconds until a file for which there was no room is tried again
 
 
@@ -75,8 +76,8 @@ def _in_order(stays: Iterable[Stay]) -> list[int]:
 
 
 def blocks(index: Index, order: Order) -> int:
-    """Bytes of the blocks in use at most: one for each lane of all ranks."""
-    sizes = [shard["bytes"] for shard in index.manifest["shards"]]
+    """Bytes of the blocks in use at most, as a disk holds them: one for each lane of all ranks."""
+    sizes = [-(-shard["bytes"] // PAGE) * PAGE for shard in index.manifest["shards"]]
     return min(sum(sizes), order.batch_size * order.block * max(sizes))
 
 
