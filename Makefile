@@ -21,7 +21,7 @@ demo: setup
 # The benchmarks of a CPU again, into runs/bench, and beside the committed ones. On phantoms, or with LA=FOLDER LIST=FILE
 # on volumes as UA-MT's authors publish them, and on data/la where that is there.
 bench: setup
-	$(BIN)/cclmpc bench all configs/la_cpu.yaml --out runs/bench $(if $(LA),--la $(LA) --list $(LIST))
+	$(BIN)/cclmpc bench all configs/la_cpu.yaml --out runs/bench $(if $(LA),--la $(LA)) $(if $(LIST),--list $(LIST))
 	$(BIN)/cclmpc bench compare benchmarks/results runs/bench > runs/bench/compare.md
 	@echo "runs/bench/report.md has the tables and plots, runs/bench/compare.md what was committed beside"
 

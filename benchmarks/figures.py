@@ -121,8 +121,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    for draw in (speed, contrast_memory, scaling):
-        draw(arguments.results, arguments.out / f"{draw.__name__}.png")
+    for draw, needed in ((speed, "loader"), (contrast_memory, "contrast"), (scaling, "scale_la_cpu")):
+        file, source = arguments.out / f"{draw.__name__}.png", arguments.results / f"{needed}.json"
+        if source.exists():
+            draw(arguments.results, file)
+        else:
+            print(f"{file}: not drawn, there is no {source}")
 
 
 if __name__ == "__main__":

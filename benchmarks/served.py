@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import stores  # noqa: E402
 
 from cclmpc_dist.benching import files  # noqa: E402
+from cclmpc_dist.benching.served import nginx  # noqa: E402
 from cclmpc_dist.data import ahead, shards  # noqa: E402
 from cclmpc_dist.data.case import Case  # noqa: E402
 from cclmpc_dist.data.draws import philox  # noqa: E402
@@ -172,7 +173,7 @@ def measure(work: Path, gb: float, edge: int, shard_bytes: int) -> dict[str, Any
     index = shards.write(cases, work / "shards", source="served", shard_bytes=shard_bytes, workers=2)
     size = sum(shard["bytes"] for shard in index.manifest["shards"])
     (work / "nginx").mkdir()
-    with stores.nginx(work / "shards", work / "nginx") as url:
+    with nginx(work / "shards", work / "nginx") as url:
         rounds = [curls(url, index, work)]
         before = sent(work / "nginx/access.log")
         told, series = run(url, index, work / "cache", size // 5)

@@ -1,6 +1,7 @@
 """`cclmpc`: the verbs, each a few lines. A verb imports what it needs when it runs."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -191,6 +192,8 @@ def inspect(
 
 
 def _bytes(gib: float) -> int:
+    if not math.isfinite(gib):
+        raise InputError(f"--cache-gib {gib}: give a number of GiB")
     return int(gib * (1 << 30))
 
 

@@ -40,7 +40,7 @@ def bench_loader(
     """
     from cclmpc_dist.data.bench import bench_loader as measure
 
-    if not all(part.isdigit() for part in workers.split(",")):
+    if not all(part.isdecimal() for part in workers.split(",")):
         raise InputError(f"--workers {workers}: write numbers of processes with commas between, as in 0,1,2")
     counts = sorted({int(part) for part in workers.split(",")})
     records = measure(la, list_file, rivals=rivals.split(","), workers=counts, cases=cases, seconds=seconds,
@@ -206,7 +206,7 @@ def bench_all(
         "runs/bench"
     ),
 ) -> None:
-    """All benchmarks in turn, each a process of its own, and one report: about ten minutes on two cores.
+    """All benchmarks in turn, each a process of its own, and one report: eight minutes on two idle cores.
 
     CONFIG is what step and scale measure, on its shards where they are there. Where LA is not given, or its shards are
     not there, phantoms are measured, and the report says so.
@@ -254,7 +254,7 @@ def bench_compare(
 
 
 def _numbers(text: str) -> list[int]:
-    if not all(part.isdigit() and int(part) for part in text.split(",")):
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise InputError(f"--ranks {text}: write numbers of ranks with commas between, as in 1,2,4")
     return sorted({int(part) for part in text.split(",")})
 

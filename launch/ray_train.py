@@ -223,7 +223,7 @@ class Reporter:
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self.gauges:
-            self.gauges[name] = Gauge(f"cclmpc_{name.replace('/', '_')}", tag_keys=("run",))
+            self.gauges[name] = Gauge(f"cclmpc_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}", tag_keys=("run",))
             self.gauges[name].set_default_tags({"run": self.name})
         return self.gauges[name]
 

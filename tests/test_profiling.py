@@ -63,6 +63,15 @@ def test_a_run_that_is_too_short_for_its_window_says_so(
     assert not (tmp_path / "toy" / "profile").exists()
 
 
+def test_a_run_that_ends_as_its_window_begins_leaves_no_trace(
+    toy_corpus: Path, tmp_path: Path, alone: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = {"method": "supervised", "budget__images": 12, "profile__trace": True, "profile__after": 6}
+    assert trainer.train(parse(toy.settings(toy_corpus, tmp_path, **SHORT | short), "toy"))
+    assert "the run ended 3 step(s) before its window did: lower profile.after" in capfd.readouterr().err
+    assert not (tmp_path / "toy" / "profile").exists()
+
+
 def test_memory_that_ran_out_is_one_line_with_what_to_do(
     toy_corpus: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +84,7 @@ def test_memory_that_ran_out_is_one_line_with_what_to_do(
     said = str(caught.value)
     assert "\n" not in said
     assert said.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
-    assert "take model.recompute=[1,2], or in a new run precision=bf16" in said
+    assert "take model.recompute=[1,2,4,8,16], or in a new run precision=bf16" in said
     assert "profile.memory=true shows what holds it" in said
     assert "/s.pickle shows what held it" in str(profiling.exhausted(torch.OutOfMemoryError(OOM), Path("/s.pickle")))
 

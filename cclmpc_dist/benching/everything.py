@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,7 +141,12 @@ def _store(corpus: Path, data: str, folder: Path) -> Iterator[Part | Outcome]:
     if absent:
         yield Outcome("store", f"left out: no {' and no '.join(absent)} on the path")
         return
-    with tempfile.TemporaryDirectory() as place, nginx(corpus, Path(place)) as url:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        try:
+            url = stack.enter_context(nginx(corpus, Path(place)))
+        except InputError as error:
+            yield Outcome("store", str(error), failed=True)
+            return
         command = _verb("store", url, f"--cache={folder}", "--repeats=3")
         yield Part("store", command, f"{data}, behind nginx on the loopback")
 

@@ -9,7 +9,7 @@ Steps are named by how many were done at the window's end.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,19 @@ class Profiler:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around the loop."""
-        if not self.tracing:
+        with self._profiler() if self.tracing else nullcontext() as self._profile:
             yield
-            return
-        with torch.profiler.profile(
+        if self.left > 0 and (self.tracing or self.remembering):
+            self.say(f"warning: profile: the run ended {self.left} step(s) before its window did: lower profile.after")
+
+    def _profiler(self) -> torch.profiler.profile:
+        return torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])],
             schedule=schedule(wait=self.settings.after - 1, warmup=1, active=self.settings.steps, repeat=1),
             on_trace_ready=self._write,
             profile_memory=self.settings.memory,
             acc_events=True,
-        ) as self._profile:
-            yield
-        if self.left > 0:
-            self.say(f"warning: profile: the run ended {self.left} step(s) before its window did: lower profile.after")
+        )
 
     @property
     def ending(self) -> bool:
@@ -83,12 +83,14 @@ class Profiler:
         return file
 
     def _write(self, profile: Any) -> None:
-        """The trace; of rank 0 the table too."""
+        """The trace; of rank 0 the table too. Nothing where the run ended as the window began."""
+        taken = self.settings.steps - max(self.left, 0)
+        if not taken:
+            return
         step = f"step-{self.done:09d}"
         trace = self._file(f"trace-{step}-rank-{self.rank:05d}.json.gz")
         profile.export_chrome_trace(str(trace))
         if self.rank == 0:
-            taken = self.settings.steps - max(self.left, 0)
             lines = table(profile.key_averages(), taken, self.cuda, self.settings.memory)
             self._file(f"operators-{step}.txt").write_text("\n".join(lines) + "\n")
             for line in [f"profile: {taken} step(s), {trace}", *lines]:
@@ -125,7 +127,7 @@ def exhausted(error: torch.OutOfMemoryError, snapshot: Path | None = None) -> In
     """One line for a GPU whose memory ran out: what was asked for, and what to do."""
     told = ". ".join(str(error).split(". ")[:3]).rstrip(".")
     look = f"{snapshot} shows what held it" if snapshot else "profile.memory=true shows what holds it"
-    return InputError(f"{told}: take model.recompute=[1,2], or in a new run precision=bf16, half of "
+    return InputError(f"{told}: take model.recompute=[1,2,4,8,16], or in a new run precision=bf16, half of "
                       "data.batch_labelled and data.batch_unlabelled with twice accumulate, or a smaller data.patch; "
                       + look)  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Intensities -> what the network sees: value = offset + scale * clip(image, low, high).
 
-All four numbers are only written down, and applied on the device: the image stays as the file has it.
+All four numbers are only written down, and applied on the device: the image stays as the file has it, unless its
+channels differ.
 """
 
 import math
