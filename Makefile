@@ -38,7 +38,7 @@ test-cluster: setup
 	bash tests/slurm_install.sh
 	bash tests/nginx_install.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,deepspeed,dev,ray,remote,s3-test]"
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m cluster
 
 lint: setup
 	$(BIN)/ruff check .
