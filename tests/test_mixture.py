@@ -23,8 +23,11 @@ from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Mixture, Stream, loader, to_device
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.remote import open_corpora
+from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.training import plan, run
+from cclmpc_dist.training import plan, run, setup
+from cclmpc_dist.training.state import restore
+from cclmpc_dist.training.trainer import Trainer
 
 PATCH = (6, 4, 5)
 NAMES = ("u", "u.a", "u.b")
@@ -225,6 +228,26 @@ def test_further_settings_that_cannot_be_are_refused(toy_corpus, tmp_path):
     ):
         with pytest.raises(InputError, match=told):
             toy.config(toy_corpus, tmp_path, data__further=wrong)
+
+
+@pytest.mark.parametrize(("was", "now"), [(4, 2), (2, 4)])
+def test_streams_that_follow_the_ranks_are_refused_at_another_world_size(toy_corpus, tmp_path, alone, was, now):
+    """An unset data.batch_unlabelled is max(2, ranks): two ranks leave nothing of it to data.path."""
+    other = toy.corpus(tmp_path / "other", cases=9, labelled=3, val_last=2)
+    config = toy.config(toy_corpus, tmp_path, data__batch_labelled=4, data__batch_unlabelled=None,
+                        data__further={"a": {"path": str(other), "batch": 2}})  # fmt: skip
+    trainer = Trainer(config, runtime.start("fp32"))
+    made = {ranks: setup.streams(config, trainer.indexes, trainer.method, trainer.cases, ranks) for ranks in (was, now)}
+    orders = {part.name: part.order for stream in made[was].values() for part in stream.parts}
+    trainer.streams, trainer.world = made[now], now
+    saved = {"world_size": was, "streams": {name: order.state(3) for name, order in orders.items()}}
+    streams = {4: "labelled, unlabelled, unlabelled.a", 2: "labelled, unlabelled.a"}
+    with pytest.raises(InputError) as error:
+        restore(trainer, 3, saved)
+    assert str(error.value) == (
+        f"{config.folder}: its checkpoint of step 3, by {was} rank(s), has the streams {streams[was]}, and {now} "
+        f"rank(s) have {streams[now]}: go on with {was} rank(s), or in a new run set data.batch_unlabelled"
+    )
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cclmpc_dist.distributed import runtime
+from cclmpc_dist.errors import InputError
 from cclmpc_dist.training import checkpoint
 from cclmpc_dist.training.checkpoint import Tensors
 
@@ -80,9 +81,11 @@ def save(trainer: "Trainer") -> None:
 def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
     """Put checkpoint `step` back into a trainer that was just built for its phase. Returns what there is to tell of it.
 
-    Raises InputError where a stream's corpus, selection, batch or seed is not the checkpoint's.
+    Raises InputError where the streams are others, or a stream's corpus, selection, batch or seed is not the
+    checkpoint's.
     """
     folder = trainer.checkpoints.folder
+    _check_streams(trainer, step, state)
     for name, stream in trainer.streams.items():
         (trainer.positions[name],) = {part.order.position(state["streams"][part.name]) for part in stream.parts}
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
@@ -104,6 +107,16 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
         parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]
         return [trainer.method.deal([_part(part, "method") for part in parts])]
     return []
+
+
+def _check_streams(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
+    """What is left to data.path of an unset data.batch_unlabelled, perhaps nothing, follows the number of ranks."""
+    was, now = list(state["streams"]), [part.name for stream in trainer.streams.values() for part in stream.parts]
+    if set(was) != set(now):
+        ranks = state["world_size"]
+        raise InputError(f"{trainer.config.folder}: its checkpoint of step {step}, by {ranks} rank(s), has the streams "
+                         f"{', '.join(was)}, and {trainer.world} rank(s) have {', '.join(now)}: go on with {ranks} "
+                         "rank(s), or in a new run set data.batch_unlabelled")  # fmt: skip
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:
