@@ -215,7 +215,10 @@ def test_further_settings_that_cannot_be_are_refused(toy_corpus, tmp_path):
     assert not check_world(config, ["labelled"], 1), "a method that takes no unlabelled images does not mind"
     with pytest.raises(InputError, match="are the same corpus, whose labelled cases would be unlabelled too"):
         planned(toy_corpus, tmp_path, {"a": {"path": str(toy_corpus), "batch": 2}})
-    toy.corpus(tmp_path / "other", cases=4, val_last=0)
+    copy = shutil.copytree(toy.corpus(tmp_path / "other", cases=4, val_last=0), tmp_path / "copy")
+    twice = {name: {"path": str(tmp_path / name), "batch": 1} for name in ("other", "copy")}
+    with pytest.raises(InputError, match=f"^{other['path']} and {copy} are the same corpus, whose cases would come"):
+        planned(toy_corpus, tmp_path, twice)
     with pytest.raises(InputError, match="leaves no case for the unlabelled stream: change"):
         planned(toy_corpus, tmp_path, {"a": other | {"batch": 2}}, data__labelled=12)
     for wrong, told in (

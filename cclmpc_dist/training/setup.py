@@ -86,18 +86,25 @@ def _stream(config: Config, name: str, index: Index, rows: np.ndarray, lanes: in
 
 
 def _misfits(config: Config, indexes: Sequence[Index]) -> list[str]:
-    first, *others = indexes
-    found = _against_patch(config, first)
-    for index in others:
-        found += _differences(first, index) or _against_patch(config, index)
+    found = _against_patch(config, indexes[0])
+    for number, index in enumerate(indexes[1:], 1):
+        found += _twins(indexes[:number], index) or _differences(indexes[0], index) or _against_patch(config, index)
     return found
+
+
+def _twins(before: Sequence[Index], other: Index) -> list[str]:
+    """That one of the corpora before it is the same."""
+    for number, index in enumerate(before):
+        if index.identity == other.identity:
+            harm = "whose cases would come twice" if number else "whose labelled cases would be unlabelled too"
+            return [f"{other.path} and {index.path} are the same corpus, {harm}: give another, or leave it out of "
+                    "data.further"]  # fmt: skip
+    return []
 
 
 def _differences(first: Index, other: Index) -> list[str]:
     """Why one network cannot learn from both."""
     pair, remedy = f"{other.path} and {first.path}", "or leave it out of data.further"
-    if other.identity == first.identity:
-        return [f"{pair} are the same corpus, whose labelled cases would be unlabelled too: give another, {remedy}"]
     numbers = {"axes": (other.dims, first.dims), "channels": (other.channels, first.channels)}
     if other.manifest["counts"]["with_label"]:  # without labels the number says nothing
         numbers["classes"] = other.classes, first.classes
