@@ -198,6 +198,8 @@ def test_corpora_that_do_not_fit_are_refused_in_one_line(toy_corpus, tmp_path, m
         planned(toy_corpus, tmp_path, {"other": {"path": str(other), "batch": 2}})
     assert str(error.value).startswith(told.format(other, toy_corpus))
     assert "\n" not in str(error.value)
+    said = planned(toy_corpus, tmp_path, {"other": {"path": str(other), "batch": 2}}, method="supervised")
+    assert list(said["streams"]) == ["labelled"], "a method that takes no unlabelled images does not mind"
 
 
 def test_without_labels_the_number_of_classes_says_nothing(tmp_path):

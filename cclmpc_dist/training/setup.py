@@ -35,7 +35,8 @@ def streams(
     """
     names = list({name: None for phase in method.phases for name in phase.streams})
     parts = {name: _parts(config, indexes, cases, name, world_size) for name in names}
-    problems = check_world(config, names, world_size) + _misfits(config, indexes)
+    read = indexes if "unlabelled" in names else indexes[:1]
+    problems = check_world(config, names, world_size) + _misfits(config, read)
     problems += [
         f"{index.path} leaves no case for the {part} stream: {_remedy(config, part)}"
         for found in parts.values()
