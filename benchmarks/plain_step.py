@@ -15,7 +15,6 @@ runs in a process of its own, the variants in turns, round by round; a process t
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from cclmpc_dist.benching.alone import memory
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import Index, select
@@ -167,12 +167,10 @@ def take(config: str, overrides: list[str], variant: str, steps: int) -> dict[st
     with plainly() if variant in PLAINS else nullcontext():
         step = step_of(load(config, [*COMMON, *overrides, *VARIANTS[variant]]), variant)
         taken = [step() for _ in range(WARMUP + steps)]
-    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert peak is not None
     return {
         "seconds": [s for s, _ in taken[WARMUP:]],
         "losses": [loss for _, loss in taken],
-        "memory": int(peak[1]) / 1024,
+        "memory": memory("VmHWM") / 2**20,
     }
 
 

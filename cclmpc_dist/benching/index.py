@@ -7,12 +7,11 @@ that after the imports, pages of the mapped index included.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cclmpc_dist.benching.alone import alone, memory
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.data.index import INDEX, MANIFEST, select
 from cclmpc_dist.data.loader import Mixture
@@ -52,11 +52,11 @@ def bench_index(folder: Path, samples: int, a_shard: int, trials: int, repeats: 
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = str(Path(place) / "corpus")
-        found = {"merge": _alone(_merge, path=path, samples=samples, a_shard=a_shard)}
-        found["start, cached"] = _median([_alone(_start, path=path, cold=False) for _ in range(repeats)])
-        found["start, from disk"] = _median([_alone(_start, path=path, cold=True) for _ in range(repeats)])
-        found |= _alone(_order, path=path, trials=trials)
-        found["plan"] = _alone(_plan, path=path)
+        found = {"merge": alone(_merge, path=path, samples=samples, a_shard=a_shard)}
+        found["start, cached"] = _median([alone(_start, path=path, cold=False) for _ in range(repeats)])
+        found["start, from disk"] = _median([alone(_start, path=path, cold=True) for _ in range(repeats)])
+        found |= alone(_order, path=path, trials=trials)
+        found["plan"] = alone(_plan, path=path)
         found["index"] = {"size": (Path(path) / INDEX).stat().st_size / MIB}
     case = f"{samples:,} samples in {-(-samples // a_shard):,} shards"
     return [
@@ -70,20 +70,12 @@ def _unit(metric: str) -> str:
     return "s" if metric == "seconds" else "ms" if metric.startswith("order") else "MiB"
 
 
+def _peak_mib() -> float:
+    return memory("VmHWM") / 2**20
+
+
 def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {metric: float(np.median([run[metric] for run in runs])) for metric in runs[0]}
-
-
-def _alone(measure: Callable[..., dict[str, Any]], **job: Any) -> dict[str, Any]:
-    """What `measure`, one of this module, finds in a process of its own."""
-    command = [sys.executable, "-m", __name__, measure.__name__, json.dumps(job)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def peak_mib() -> float:
-    """The largest resident set of this process so far."""
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("VmHWM:") + 1]) / 1024
 
 
 # ---- the corpus -----------------------------------------------------------------------------------------------------
@@ -136,9 +128,9 @@ def _rows(first: int, count: int, labels: bool) -> tuple[Rows, int]:
 
 def _merge(path: str, samples: int, a_shard: int) -> dict[str, float]:
     write_pieces(Path(path), samples, a_shard)
-    before, began = peak_mib(), time.perf_counter()
+    before, began = _peak_mib(), time.perf_counter()
     merge(path)
-    return {"seconds": time.perf_counter() - began, "memory": peak_mib() - before}
+    return {"seconds": time.perf_counter() - began, "memory": _peak_mib() - before}
 
 
 # ---- what a rank does -----------------------------------------------------------------------------------------------
@@ -163,15 +155,15 @@ def _start(path: str, cold: bool) -> dict[str, float]:
         with open(Path(path) / name, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     config = _config(path)
-    before, began = peak_mib(), time.perf_counter()
+    before, began = _peak_mib(), time.perf_counter()
     streams = _streams(config)
     seconds = time.perf_counter() - began
     assert streams["unlabelled"].steps
-    return {"seconds": seconds, "memory": peak_mib() - before}
+    return {"seconds": seconds, "memory": _peak_mib() - before}
 
 
 def _order(path: str, trials: int) -> dict[str, dict[str, float]]:
-    before = peak_mib()
+    before = _peak_mib()
     (part,) = _streams(_config(path))["unlabelled"].parts
     order, lanes = part.order, rank_lanes(part.order.batch_size, RANKS // 2, RANKS)
     rng = np.random.default_rng(0)
@@ -186,13 +178,13 @@ def _order(path: str, trials: int) -> dict[str, dict[str, float]]:
         f"order, {kind}": {"order, median": float(np.median(values)), "order, p99": float(np.percentile(values, 99))}
         for kind, values in times.items()
     }
-    return found | {"start and order": {"memory": peak_mib() - before}}
+    return found | {"start and order": {"memory": _peak_mib() - before}}
 
 
 def _plan(path: str) -> dict[str, float]:
-    before, began = peak_mib(), time.perf_counter()
+    before, began = _peak_mib(), time.perf_counter()
     plan.plan(_config(path), RANKS)
-    return {"seconds": time.perf_counter() - began, "memory": peak_mib() - before}
+    return {"seconds": time.perf_counter() - began, "memory": _peak_mib() - before}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ bf16 to measure.
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cclmpc_dist.benching.alone import alone, memory
 from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.costs import Cost
@@ -76,12 +76,12 @@ def _compare(case: str, size: dict[str, int], how: dict[str, Any], repeats: int,
     job = {"case": case, "size": size, **how}
     naive = {}
     if 4 * size["anchors"] * size["keys"] <= LARGEST:
-        naive = _alone(_run, exchange="naive", repeats=repeats, **job)
-    streamed = _alone(_run, exchange="keys", repeats=repeats, **job)
+        naive = alone(_run, exchange="naive", repeats=repeats, **job)
+    streamed = alone(_run, exchange="keys", repeats=repeats, **job)
     if naive:
         streamed["seconds_over_naive"] = statistics.median(streamed["seconds"]) / statistics.median(naive["seconds"])
         streamed["peak_extra_mib_over_naive"] = streamed["peak_extra_mib"] / naive["peak_extra_mib"]
-        streamed |= _alone(_differences, **job) if differences else {}
+        streamed |= alone(_differences, **job) if differences else {}
     return _records(case, size, "naive", naive) + _records(case, size, "keys", streamed)
 
 
@@ -92,12 +92,6 @@ def _records(case: str, size: dict[str, int], variant: str, metrics: dict[str, A
         | (repeated(value) if isinstance(value, list) else {"value": value})
         for name, value in metrics.items()
     ]  # fmt: skip
-
-
-def _alone(measure: Callable[..., dict[str, Any]], **job: Any) -> dict[str, Any]:
-    """What `measure`, one of this module, finds in a process of its own."""
-    command = [sys.executable, "-m", __name__, measure.__name__, json.dumps(job)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _differences(case: str, tile: int, size: dict[str, int], threads: int, device: str, tf32: bool) -> dict[str, float]:
@@ -155,12 +149,6 @@ def _step(case: str, exchange: Exchange, tile: int, inputs: dict[str, Any]) -> t
     return value.detach(), torch.autograd.grad(value, [x for x in inputs.values() if x.requires_grad])
 
 
-def _memory(field: str) -> int:
-    """Bytes: VmRSS, in memory now, or VmHWM, the most there ever was (Linux; getrusage's would be inherited)."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-
 def _run(
     case: str,
     exchange: Exchange,
@@ -190,9 +178,9 @@ def _run(
 def _peak_on_cpu(step: Callable[[], tuple[Tensor, ...]]) -> int:
     """Bytes that a step held at its peak, without the gradients that it returns."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: making the inputs took more
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     grads = step()
-    return _memory("VmHWM") - before - sum(x.nbytes for x in grads)
+    return memory("VmHWM") - before - sum(x.nbytes for x in grads)
 
 
 def _peak_on_gpu(step: Callable[[], tuple[Tensor, ...]]) -> int:
