@@ -4,6 +4,7 @@ from math import prod
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from cclmpc_dist.config import Model, Swin
@@ -14,7 +15,10 @@ def _step(norm: str, recompute: tuple[int, ...]) -> tuple[DualBranch, int]:
     """The network with gradients after a step, and how many numbers its graph kept outside of recomputed stages."""
     torch.manual_seed(0)
     swin = Swin(depth=2, window=(3, 3, 2), head_width=8)
-    network = DualBranch(Model(filters=4, norm=norm, dropout=0.5, recompute=recompute, swin=swin), 3, 1, 2)
+    sync = norm == "sync_batch"  # which needs CUDA; converted and in one process, torch's takes CPU tensors too
+    built = "batch" if sync else norm
+    network = DualBranch(Model(filters=4, norm=built, dropout=0.5, recompute=recompute, swin=swin), 3, 1, 2)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if sync else network
     network.to(memory_format=torch.channels_last_3d)
     kept = []
 
@@ -29,7 +33,7 @@ def _step(norm: str, recompute: tuple[int, ...]) -> tuple[DualBranch, int]:
     return network, sum(kept)
 
 
-@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("norm", ["batch", "instance", "sync_batch"])
 def test_gradients_and_statistics_are_the_same_bit_for_bit(norm):
     plain, _ = _step(norm, ())
     again, _ = _step(norm, (1, 2, 4, 8, 16))

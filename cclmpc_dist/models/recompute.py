@@ -31,7 +31,7 @@ def _without_statistics(owner: nn.Module) -> Iterator[None]:
     norms = [module for module in owner.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.tensor(0)  # thrown away, but SyncBatchNorm must count
     try:
         yield
     finally:
