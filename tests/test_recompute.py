@@ -1,14 +1,20 @@
 """Activation checkpointing: less is kept, and every number stays as it was, bit for bit."""
 
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import toy
+from ranks import run_ranks
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from cclmpc_dist.config import Model, Swin
+from cclmpc_dist.config import Model, Swin, parse
+from cclmpc_dist.distributed import runtime
 from cclmpc_dist.models.dual_branch import DualBranch
+from cclmpc_dist.training.trainer import Trainer
 
 
 def _step(norm: str, recompute: tuple[int, ...]) -> tuple[DualBranch, int]:
@@ -50,3 +56,21 @@ def test_each_further_stage_keeps_less():
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) == len(kept)
     assert kept[-1] < 0.5 * kept[0]
+
+
+def train(rank: int, world: int, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+    trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
+    trainer.fit()
+    return dict(trainer.module.state_dict())
+
+
+@pytest.mark.slow
+def test_two_ranks_end_with_the_same_weights_bit_for_bit(toy_corpus: Path, tmp_path: Path) -> None:
+    """Microbatches that DDP does not reduce, too. The checkpoints hold averages, so each rank's statistics here."""
+    ends = []
+    for strides in ([], [1, 2, 4, 8, 16]):
+        raw = toy.settings(toy_corpus, tmp_path, name=f"run{len(strides)}", budget__images=72, accumulate=2,
+                           ccl_mpc__t_contrast=0.0, model__recompute=strides)  # fmt: skip
+        ends.append(run_ranks(train, 2, raw))
+    for plain, again in zip(*ends, strict=True):
+        toy.assert_same(plain, again)

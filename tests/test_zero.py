@@ -164,10 +164,11 @@ def test_losses_of_twenty_steps_are_ddps(stage: int, runs: Path) -> None:
 @pytest.mark.cluster
 def test_losses_of_twenty_steps_of_stage_three_are_ddps(toy_corpus: Path, tmp_path: Path, runs: Path) -> None:
     """Its weights lie elsewhere in memory, where the CPU's convolutions add in another order. Supervised, as a pixel
-    that crosses CCL-MPC's threshold of certainty by a rounding makes another loss; that one's first step agrees."""
+    that crosses CCL-MPC's threshold of certainty by a rounding makes another loss; that one's first step agrees. Its
+    stages computed anew gather their weights once more."""
     raw = settings(toy_corpus, tmp_path, method="supervised", budget__images=120)
-    for stage in (0, 3):
-        toy.run(2, *command(tmp_path, raw, stage))
+    for stage, strides in ((0, []), (3, [1, 2, 4, 8, 16])):
+        toy.run(2, *command(tmp_path, raw, stage, f"model.recompute={strides}"))
     assert len(losses(tmp_path / "stage3")) == 20
     assert furthest(tmp_path, "stage3") < 1e-5
     assert losses(runs / "stage3")[0] == pytest.approx(losses(runs / "stage0")[0], rel=1e-6)
