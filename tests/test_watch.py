@@ -17,8 +17,11 @@ import toy
 import yaml
 from ranks import run_ranks
 
-from cclmpc_dist.distributed import exchange, watch
+from cclmpc_dist.config import parse
+from cclmpc_dist.distributed import exchange, runtime, watch
+from cclmpc_dist.training import throughput
 from cclmpc_dist.training.pace import slowest
+from cclmpc_dist.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = socket.gethostname()
@@ -134,3 +137,25 @@ def timed_out(rank: int, world: int) -> list[str]:
 def test_the_timeout_of_a_group_that_is_there_can_be_set() -> None:
     [told], _ = run_ranks(timed_out, 2)
     assert "Timed out waiting 400ms" in told
+
+
+def measured_peaks(rank: int, world: int, raw: dict[str, Any]) -> list[list[Any]]:
+    """Whether the watch is armed where the peak is measured, and at each log line behind what ranks wait for there."""
+    trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
+    seen: list[list[Any]] = []
+    products = throughput.product_seconds
+
+    def watched(device: torch.device, precision: str) -> list[float]:
+        seen.append(["product", trainer.watch._armed])
+        return products(device, precision)
+
+    throughput.product_seconds, throughput.WARMUP, throughput.EDGE = watched, 2, 64
+    trainer.listener = lambda step, *_: seen.append([step, trainer.watch._armed])
+    trainer.fit()
+    return seen
+
+
+def test_the_watch_rests_until_all_ranks_have_measured_their_peak(toy_corpus: Path, tmp_path: Path) -> None:
+    raw = toy.settings(toy_corpus, tmp_path, method="supervised", data__batch_labelled=2, budget__images=6)
+    for seen in run_ranks(measured_peaks, 2, raw):
+        assert seen == [[1, True], ["product", False], [2, False], [3, True]]

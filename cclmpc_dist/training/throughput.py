@@ -121,12 +121,17 @@ class Meter:
         self.done += self.counted[active]
         return result
 
+    @property
+    def due(self) -> bool:
+        """Whether the next `performance` looks the peak up, or measures it: on all ranks alike."""
+        return self.peak is None and self.seen >= WARMUP
+
     def performance(self, seconds: float) -> dict[str, float]:
         """Of the microbatches taken since the last call, in so many seconds; nothing while it warms up."""
         done, self.done = self.done, 0
         if self.peak is not None:
             return {"perf/mfu": mfu(done, seconds, self.peak)}
-        if self.seen >= WARMUP:
+        if self.due:
             self.peak = peak_of(self.device, self.precision, lambda: product_seconds(self.device, self.precision))
         return {}
 

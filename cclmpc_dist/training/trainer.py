@@ -223,7 +223,8 @@ class Trainer:
             self.watch.beat(self.done)
             self.watch.arm()
             if self.done % self.config.log_every == 0 or self.step == self.totals[self.phase]:
-                self._log(window)
+                with self.watch.resting() if self.meter.due else nullcontext():  # a product may take long on a rank
+                    self._log(window)
                 window = Window()
             every = self.config.evaluation.every_steps
             better = bool(every) and self.done % every == 0 and self._validate()
