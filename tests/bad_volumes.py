@@ -175,6 +175,13 @@ def _(folder):
     return [*arguments, "--list", str(folder / "train.list")], ["train.list", "not UTF-8 text"]
 
 
+@kind("a label among the images")
+def _(folder):
+    arguments = volumes(folder)
+    inputs.nifti(folder / "images/c0_seg.nii.gz", inputs.mask())
+    return arguments, ["c0_seg.nii.gz", "looks like the label of c0", "give --label-suffix _seg"]
+
+
 @kind("label without an image")
 def _(folder):
     arguments = volumes(folder, labels=True)

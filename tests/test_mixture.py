@@ -120,7 +120,7 @@ def test_stored_types_of_two_corpora_mix(corpora, tmp_path, monkeypatch, patch):
     same(to_device(batch, "cpu"), to_device(mixture([wide, corpora[1]], (2, 2), patch=patch).batch(0, range(4)), "cpu"))
 
 
-def test_an_unreadable_sample_is_replaced_from_its_own_corpus(corpora, tmp_path):
+def test_an_unreadable_sample_is_replaced_from_its_own_corpus(corpora, tmp_path, capfd):
     broken = damaged(tmp_path, [2])
     data = mixture([corpora[0], broken], (2, 2), on_error="skip")
     order, passed = data.parts[1].order, 0
@@ -134,7 +134,10 @@ def test_an_unreadable_sample_is_replaced_from_its_own_corpus(corpora, tmp_path)
             inside = np.isin(volume.reshape(-1), crop.numpy().reshape(-1)).mean()
             assert set(np.unique(crop)) <= set(np.unique(volume))
             assert inside > 0.3
+    data.batch(order.steps, range(4))
     assert passed == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"cclmpc: {data.parts[1].name}: passed over: {broken.path}/shard-")
 
 
 def test_one_corpus_behind_a_server_and_one_in_a_folder(corpora, tmp_path):
@@ -253,6 +256,15 @@ def test_streams_that_follow_the_ranks_are_refused_at_another_world_size(toy_cor
         f"{config.folder}: its checkpoint of step 3, by {was} rank(s), has the streams {streams[was]}, and {now} "
         f"rank(s) have {streams[now]}: go on with {was} rank(s), or in a new run set data.batch_unlabelled"
     )
+
+
+def test_a_corpus_of_which_nothing_is_drawn_is_told(toy_corpus, tmp_path, alone):
+    other = toy.corpus(tmp_path / "other", cases=9, labelled=3, val_last=2)
+    for lanes, told in ((4, []), (6, ["warning: the 8 unlabelled cases of"])):
+        config = toy.config(toy_corpus, tmp_path, data__further={"a": {"path": str(other), "batch": lanes}})
+        trainer = Trainer(config, runtime.start("fp32"))
+        streams = setup.streams(config, trainer.indexes, trainer.method, trainer.cases, 1)
+        assert [line[:34] for line in setup.corpus_notes(config, streams, trainer.cases)] == told
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_a_fault_that_passes_changes_nothing(served, corpus, expected, tmp_path,
 
 LASTING = {
     "500": "500 Internal Server Error, 8 times in a row: see that the server runs and can be reached from here",
-    "404": "404 Not Found: copy it there, or change data.path",
+    "404": "404 Not Found: copy it there, or look at the URL",
     "wrong": "its bytes are not those that were written (sha256), 3 times fetched: copy the corpus there again",
 }
 

@@ -121,7 +121,7 @@ def test_a_shard_that_was_deleted(server: tuple[Path, str], url: str, corpus: In
     try:
         with pytest.raises(InputError, match=rf"^{url}/{name}: not there: copy it there, or change data\.path"):
             stores.batches(index)
-        assert verify(url) == [f"{url}/{name}: not there: copy it there, or change data.path"]
+        assert verify(url) == [f"{url}/{name}: not there: copy it there, or look at the URL"]
     finally:
         files.put(str(Path(corpus.path, name)), f"{url}/{name}")
 

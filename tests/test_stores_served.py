@@ -121,7 +121,7 @@ def test_an_s3_that_fails_is_told_without_credentials(
 ) -> None:
     corpus(tmp_path / "shards", 2, 8, 40_000)
     url = stores.uploaded(tmp_path / "shards")
-    words = f"^{url}/elsewhere/manifest.json: not there: copy it there, or change data.path$"
+    words = f"^{url}/elsewhere/manifest.json: not there: copy it there, or look at the URL$"
     with pytest.raises(InputError, match=words):
         stores.opened(f"{url}/elsewhere", tmp_path / "cache")
     script = ("import sys, stores\nfrom cclmpc_dist.data import store\nfrom pathlib import Path\n"

@@ -110,7 +110,7 @@ def test_every_shard_that_fails_is_a_line_that_names_it(served: tuple[Path, str]
     (folder / short).unlink()
     (folder / short).write_bytes(data[:-1000])
     assert verify(url) == [
-        f"{url}/{missing}: 404 Not Found: copy it there, or change data.path",
+        f"{url}/{missing}: 404 Not Found: copy it there, or look at the URL",
         f"{url}/{wrong}: {OTHERS}",
         f"{url}/{failing}: 500 Internal Server Error, 8 times in a row: see that the server runs and can be reached "
         "from here",
@@ -175,7 +175,7 @@ def test_plan_tells_of_a_url_what_it_tells_of_the_folder(
 def test_what_is_no_corpus_is_told_in_one_line(verb: str, served: tuple[Path, str], said: Callable[..., str]) -> None:
     folder, url = served
     (folder / MANIFEST).unlink()
-    assert said(verb, url) == f"cclmpc: {url}/{MANIFEST}: 404 Not Found: copy it there, or change data.path\n"
+    assert said(verb, url) == f"cclmpc: {url}/{MANIFEST}: 404 Not Found: copy it there, or look at the URL\n"
     assert "is no URL that is known" in said(verb, "ftp://host/x")
     for place in ("http://me:s3cret@host/x", "https://host/x?sig=s3cret"):
         told = said(verb, place)

@@ -323,7 +323,8 @@ def _chosen(index: Index, labelled: int | Sequence[str] | None, train: np.ndarra
         rows = _rows(train & has_label)
         if labelled > len(rows):
             raise InputError(
-                f"data.labelled = {labelled}: only {len(rows)} training cases of {index.path} have a label"
+                f"data.labelled = {labelled}: only {len(rows)} training cases of {index.path} have a label: "
+                "lower it, or null for those that the shards say"
             )
         return rows[:labelled]
     rows = index.find(labelled)

@@ -9,6 +9,7 @@ import mmap
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,7 @@ class Stream(Mixture):
         super().__init__([])
         self.order = Order(samples, index.of("shard", samples), batch, seed, name, block, index.identity)
         self._reader, self._course = Reader(index), Course(self.order, index, depth=1)
+        self._told: set[str] = set()
 
     @property
     def parts(self) -> "list[Stream]":
@@ -209,7 +211,14 @@ class Stream(Mixture):
                 if self.on_error == "fail":
                     raise InputError(f"{error}, or set data.on_error=skip") from None
                 problem = error
+                self._tell(str(error))
         raise InputError(f"no readable sample is left in lane {lane} of the {self.name} stream; the last: {problem}")
+
+    def _tell(self, problem: str) -> None:
+        """Name what is passed over, once a process: a shard that is missing does so for each of its samples."""
+        if problem not in self._told:
+            self._told.add(problem)
+            print(f"cclmpc: {self.name}: passed over: {problem}", file=sys.stderr, flush=True)
 
     def _sample(self, volume: "_Volume", key: int, u: list[float]) -> "_Sample":
         row, crop = volume.row, self._crop(volume.row, u)

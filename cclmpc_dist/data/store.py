@@ -105,7 +105,7 @@ def _remedy(code: int) -> str:
         return f"set {AUTHORIZATION} in the environment, or open the folder"
     if code == 416:
         return "it is shorter than the manifest says: copy it there again"
-    return "copy it there, or change data.path"
+    return "copy it there, or look at the URL"
 
 
 class S3:
@@ -144,7 +144,7 @@ class S3:
         try:
             yield
         except FileNotFoundError:
-            raise InputError(f"{self.url / name}: not there: copy it there, or change data.path") from None
+            raise InputError(f"{self.url / name}: not there: copy it there, or look at the URL") from None
         except (PermissionError, NoCredentialsError) as error:
             raise InputError(f"{self.url / name}: {_cause(error)}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
                              "the environment, or FSSPEC_S3_ANON=true for a public bucket") from None  # fmt: skip

@@ -40,7 +40,7 @@ def evaluate_run(
     index = open_corpus(config.data)
     samples = select(index, config.data.labelled, config.data.select)[split]
     if not len(samples):
-        remedy = {"val": "shard with --val-last", "select": "train with data.select"}.get(
+        remedy = {"val": "shard with --val-last, or choose another --split", "select": "train with data.select"}.get(
             split, "choose another --split"
         )
         raise InputError(f"{config.data.path}: no case in the {split} split: {remedy}")

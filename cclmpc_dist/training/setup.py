@@ -145,8 +145,18 @@ def cache_notes(config: Config, streams: dict[str, Mixture]) -> list[str]:
         return []
     used, limit = sum(blocks(part.index, part.order) for part in parts) / GIB, config.data.cache_gib
     note = f"data.cache: {config.data.cache}, {limit:g} GiB; the blocks in use take up to {used:.2g} GiB over all ranks"
-    few = [f"warning: {note}: next to nothing is fetched ahead: raise data.cache_gib, or in a new run lower data.block"]
+    few = [f"warning: {note}, and the cache with them: next to nothing is fetched ahead: raise data.cache_gib, or in a "
+           "new run lower data.block"]  # fmt: skip
     return few if used > limit else [note]
+
+
+def corpus_notes(config: Config, streams: dict[str, Mixture], cases: dict[str, np.ndarray]) -> list[str]:
+    """Where the images of data.further leave none to data.path's unlabelled cases."""
+    unlabelled = streams.get("unlabelled")
+    if unlabelled is None or not len(cases["unlabelled"]) or unlabelled.parts[0].name == "unlabelled":
+        return []
+    return [f"warning: the {len(cases['unlabelled'])} unlabelled cases of {config.data.path} are not drawn, as "
+            "data.further takes every unlabelled image: raise data.batch_unlabelled"]  # fmt: skip
 
 
 def steps_of_phases(config: Config, method: Method, streams: dict[str, Mixture]) -> list[int]:

@@ -161,6 +161,7 @@ class Trainer:
             say(f"{part.name}: {order.n} cases, {order.batch_size} a microbatch over all ranks, "
                 f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
         notes = setup.label_notes(self.config, self.index, self.cases)
+        notes += setup.corpus_notes(self.config, self.streams, self.cases)
         for line in notes + setup.cache_notes(self.config, self.streams) + self.method.notes():
             say(line)
 

@@ -12,6 +12,9 @@ from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats.options import Options
 from cclmpc_dist.errors import InputError
 
+LABELS = tuple(
+    mark + word for mark in "_-" for word in ("seg", "segmentation", "label", "labels", "mask", "gt")
+)  # what a label's name has after its image's, as a rule [F]
 # What the libraries raise, one or another, for bytes that are no file of theirs.
 UNREADABLE = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
@@ -106,6 +109,7 @@ def paired(
                 raise InputError(f"{path}: case {key} has no file {key}{suffix} beside it: add it, or leave this out")
     if not channels[0]:
         raise InputError(f"{folder}: no file's name ends in {options.channels[0]}: look at --channels")
+    _refuse_labels(channels[0])
     keys = list(channels[0]) if list_file is None else listed(list_file, set(channels[0]), folder)
     _check_labels(folder, options, labels, channels[0], keys)
     return [(key, tuple(channel[key] for channel in channels), labels.get(key)) for key in keys]
@@ -115,6 +119,15 @@ def _labels(folder: Path, options: Options, endings: Sequence[str]) -> dict[str,
     if options.labels is None and not options.label_suffix:
         return {}
     return by_key(find(options.labels or folder, endings), options.label_suffix, endings)
+
+
+def _refuse_labels(images: dict[str, Path]) -> None:
+    """A label that is taken for an image would train as one, unseen."""
+    for key, path in images.items():
+        suffix = next((suffix for suffix in LABELS if key.endswith(suffix)), "")
+        if suffix and key.removesuffix(suffix) in images:
+            raise InputError(f"{path}: looks like the label of {key.removesuffix(suffix)}, and would be an image: give "
+                             f"--label-suffix {suffix}, or take it out of the folder")  # fmt: skip
 
 
 def _check_labels(
@@ -137,7 +150,9 @@ def lines(path: str | Path) -> list[str]:
     try:
         found = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except OSError as error:
-        raise InputError(f"{path}: cannot read the list of cases ({error.strerror})") from None
+        raise InputError(
+            f"{path}: cannot read the list of cases ({error.strerror}): name a file with one a line"
+        ) from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text: name a list of cases, one a line") from None
     if not found:
