@@ -95,7 +95,7 @@ def test_a_fault_that_passes_changes_nothing(
     [
         (["500"] * 8, r".*8 times in a row: see that the server runs and can be reached from here"),
         (["cut"] * 8, r".*8 times in a row: see that the server runs and can be reached from here"),
-        (["404"], r"not there: copy it there, or change data\.path"),
+        (["404"], r"not there: copy it there, or look at the URL"),
         (["wrong"] * 30, r"its bytes are not those that were written \(sha256\), 3 times fetched: copy the corpus.*"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_shard_that_was_deleted(server: tuple[Path, str], url: str, corpus: In
     index = stores.opened(url, tmp_path / "cache")
     files.rm(f"{url}/{name}")
     try:
-        with pytest.raises(InputError, match=rf"^{url}/{name}: not there: copy it there, or change data\.path"):
+        with pytest.raises(InputError, match=rf"^{url}/{name}: not there: copy it there, or look at the URL"):
             stores.batches(index)
         assert verify(url) == [f"{url}/{name}: not there: copy it there, or look at the URL"]
     finally:
