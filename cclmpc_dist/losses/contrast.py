@@ -54,18 +54,20 @@ def sbcl(
         a_NF, b_NF, keys_MF = (at_least_float32(x) for x in (anchors, positives, negatives))
         if detached:
             b_NF, keys_MF = b_NF.detach(), keys_MF.detach()
+        positive_N = (a_NF * b_NF).sum(1) / temperature
         if exchange == "anchors":
             lse_N = _sbcl_anchors(a_NF, keys_MF, temperature, tile, anchor_class, negative_class, group)
+            loss = softplus(lse_N - positive_N).sum()
         else:
             keys_MF = _gather_keys(keys_MF, detached, group)
             key_class = None if negative_class is None else gather_detached(negative_class, group)
             if exchange == "naive":
                 lse_N = _sbcl_naive(a_NF, keys_MF, temperature, anchor_class, key_class)
+                loss = softplus(lse_N - positive_N).sum()
             else:
-                blocks = [Keys(keys_MF, label=key_class)]
-                lse_N = streaming.lse(a_NF, blocks, temperature, tile, anchor_class)
-        loss_N = softplus(lse_N - (a_NF * b_NF).sum(1) / temperature)
-    return Additive(loss_N.sum(), loss_N.new_full((), len(loss_N)))
+                block = Keys(keys_MF, label=key_class)
+                loss = streaming.softplus_lse(a_NF, positive_N, block, temperature, tile, anchor_class)
+    return Additive(loss, loss.new_full((), len(a_NF)))
 
 
 def cgcl(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from cclmpc_dist.config import Contrast
 from cclmpc_dist.losses.contrast import Exchange
-from cclmpc_dist.losses.streaming import LOGITS
+from cclmpc_dist.losses.streaming import LOGITS, rows_kept
 
 FLOAT, INT, BOOL = 4, 8, 1  # bytes
 TILE: int = Contrast.model_fields["tile"].default
@@ -48,7 +48,8 @@ def sbcl(
     else:
         received = keys * ((1 + live) * features * FLOAT + classes * INT)
     held = _held("sbcl", exchange, anchors, keys, 0, features, ranks, tile, live, 1)
-    return Cost((ranks - 1) * received, held, _flops(exchange, features, pairs if live else 0, 0 if live else pairs))
+    once = exchange == "naive" or (exchange == "keys" and rows_kept(anchors, ranks * keys) > 0)
+    return Cost((ranks - 1) * received, held, _flops(once, features, pairs if live else 0, 0 if live else pairs))
 
 
 def cgcl(
@@ -70,7 +71,7 @@ def cgcl(
     else:
         received = rows * ((1 + live) * features * FLOAT + BOOL + INT)
     pairs, banked = rows * ranks * rows, rows * classes * stored * (ranks if sharded else 1)
-    flops = _flops(exchange, features, pairs if live else 0, banked + (0 if live else pairs))
+    flops = _flops(exchange == "naive", features, pairs if live else 0, banked + (0 if live else pairs))
     held = _held("cgcl", exchange, rows, rows, classes * stored, features, ranks, tile, live, classes)
     return Cost((ranks - 1) * received, held, flops)
 
@@ -86,9 +87,9 @@ def choose(keys: Cost, anchors: Cost) -> Literal["keys", "anchors"]:
     return "anchors" if anchors.received < keys.received else "keys"
 
 
-def _flops(exchange: Exchange, features: int, pairs: int, detached: int) -> int:
-    """2 F a pair and matrix product: logits, gradients of anchors and keys; streaming builds the logits twice."""
-    live = 3 if exchange == "naive" else 4
+def _flops(once: bool, features: int, pairs: int, detached: int) -> int:
+    """2 F a pair and matrix product: logits, gradients of anchors and keys; logits twice unless visited `once`."""
+    live = 3 if once else 4
     return 2 * features * (live * pairs + 2 * detached)
 
 
@@ -99,10 +100,7 @@ def _held(
     it.
 
     Streamed, in numbers: a, those of the anchors that a rank works on (all ranks' for "anchors"); k, those of its live
-    keys (all ranks' for "keys"); x, the copy of what was gathered; b, the buffer of logits. What lives when:
-    SBCL forward: x, scaled anchors and the keys' average (2a), b. Its backward: x, average, gradient, scaled and
-    weighted anchors (4a), k of gradient, b; without live keys x, average and gradient (2a).
-    CGCL (_cgcl_stages) keeps two averages of each class from forward.
+    keys (all ranks' for "keys"); x, the copy of what was gathered; b, the buffer of logits.
     """
     if exchange == "naive":
         return FLOAT * ((g > 1) * (1 + live) * g * m * f + NAIVE_COPIES[term] * n * (g * m + banked))
@@ -110,11 +108,26 @@ def _held(
     a, k = (g * n * f, m * f) if moved else (n * f, g * m * f)
     x = (g > 1) * (a if moved else k)
     rows, width = (g * n, max(m, banked)) if moved else (n, max(g * m, banked))
-    if term == "sbcl":
-        b = min(LOGITS, rows * min(tile, width))
-        return FLOAT * (x + 4 * a + k - m * f + b if live else x + 2 * a + max(0, b - n * f))
-    b = min(LOGITS, rows // classes * min(tile, width // classes))
-    return FLOAT * (max(_cgcl_stages(x, a, k, b, classes, live)) - n * f)
+    if term == "cgcl":
+        b = min(LOGITS, rows // classes * min(tile, width // classes))
+        return FLOAT * (max(_cgcl_stages(x, a, k, b, classes, live)) - n * f)
+    b = min(LOGITS, rows * min(tile, width))
+    once = 0 if moved or not live else rows_kept(rows, width)
+    kept = once * (2 * f + width)
+    returned = n * f + live * (n * f + m * f)
+    return FLOAT * (max(_sbcl_stages(x, a, k, b, kept, n * f, live)) - returned)
+
+
+def _sbcl_stages(x: int, a: int, k: int, b: int, kept: int, own: int, live: bool) -> list[int]:
+    """Numbers alive, the returned gradients' among them, while the negatives are visited, and last in backward.
+
+    Twice: average by forward, gradient, scaled and weighted anchors (4a); without live keys the first two. Once, in
+    forward: scaled anchors, their gradient (2a), rows of logits and, twice, of weighted anchors (kept). Last: the own
+    anchors' gradients by negatives, by positives and their sum, and the positives'.
+    """
+    if kept:
+        return [x + 2 * a + k + kept, k + 4 * own]
+    return [x + 4 * a + k + b, k + 4 * own] if live else [x + 2 * a + b, 3 * own]
 
 
 def _cgcl_stages(x: int, a: int, k: int, b: int, classes: int, live: bool) -> list[int]:

@@ -4,8 +4,10 @@ Layout: N anchors, M keys, F features. No N x M tensor is ever built: one buffer
 holds the logits of some anchors and a tile of keys (two for the positives), is masked and exponentiated in
 place, and is computed anew in backward. The gradient of the anchors is linear in the incoming one, so forward
 collects it at once (an average of keys, as flash attention does) and backward visits the keys again only where
-they need a gradient. The powers are of base 2, whose function is four times as fast on a CPU. Everything is at
-least float32, under autocast too; float64 stays float64.
+they need a gradient. Where the loss is known as soon as an anchor has met all keys, as SBCL's is, some rows of
+exponentiated logits are kept until then and the keys' gradient is collected at once too: every pair is visited
+once. The powers are of base 2, whose function is four times as fast on a CPU. Everything is at least float32,
+under autocast too; float64 stays float64.
 """
 
 import math
@@ -22,6 +24,8 @@ from cclmpc_dist.losses.segmentation import wide
 
 UNKNOWN = -1  # a class that is not certain
 LOGITS = 1 << 23  # numbers in a buffer of logits: 32 MiB of float32, however many anchors there are
+ROWS = 128  # anchors whose exponentiated logits over all keys are kept at a time
+KEPT = 1 << 26  # numbers that may be kept: 256 MiB of float32
 LOG2_E = math.log2(math.e)
 
 
@@ -130,14 +134,77 @@ class _LSE(torch.autograd.Function):
         return grad_anchors, None, None, None, None, *grads
 
 
+class _SoftplusLSE(torch.autograd.Function):
+    """Sum of softplus(lse - positive), and in forward already its gradients, which wait for the incoming one."""
+
+    @staticmethod
+    def forward(ctx, anchors, positive, anchor_label, mask, temperature, tile, keys):  # type: ignore
+        with full_precision(anchors):
+            scaled, loss = anchors * (LOG2_E / temperature), anchors.new_zeros(())
+            slope, pulled, pushed = (torch.zeros_like(x) for x in (positive, anchors, keys))
+            tiles, height = _tiles([keys], [mask], tile), rows_kept(len(anchors), len(keys))
+            buffer = anchors.new_empty(height * len(keys))
+            for rows in _slices(len(anchors), height):
+                kept: list[_Kept] = []
+                lse = _lse_of_rows(scaled, anchor_label, rows, tiles, buffer, pulled[rows], kept)
+                margin = lse - positive[rows]
+                loss += softplus(margin).sum()
+                slope[rows] = weight = margin.sigmoid_()
+                _push(pushed, kept, anchors[rows] * (weight / temperature)[:, None], finite(lse) * LOG2_E)
+            pulled.mul_((slope / temperature)[:, None])
+        ctx.gradients = pulled, slope.neg_(), pushed
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "softplus_lse: its gradients were taken before: compute the loss anew to take them again"
+            )
+        # Scaled where they lie: the keys' may be the largest tensor of a step.
+        (pulled, slope, pushed), ctx.gradients = ctx.gradients, None
+        return pulled.mul_(grad), slope.mul_(grad), None, None, None, None, pushed.mul_(grad)
+
+
+class _Kept(NamedTuple):
+    """exp2(logits - finite(peak)) of some anchors (N,) and a tile."""
+
+    tile: _Tile
+    powers: Tensor
+    peak: Tensor
+
+
+def rows_kept(anchors: int, keys: int) -> int:
+    """Anchors that are visited once, together; 0 where the room is too small for all keys."""
+    rows = min(anchors, ROWS)
+    return rows if rows * keys <= KEPT else 0
+
+
+def _push(pushed: Tensor, kept: list[_Kept], weighted: Tensor, lse: Tensor) -> None:
+    """Add some anchors' part of the keys' gradient: their softmax, times the weighted anchors. lse in base 2."""
+    for tile, powers, peak in kept:
+        pushed[tile.at].addmm_(powers.T, weighted * (peak - lse).exp2_()[:, None])
+
+
 def _lse_of_rows(
-    scaled: Tensor, label: Tensor | None, rows: slice, tiles: list[_Tile], buffer: Tensor, mean: Tensor | None
+    scaled: Tensor,
+    label: Tensor | None,
+    rows: slice,
+    tiles: list[_Tile],
+    buffer: Tensor,
+    mean: Tensor | None,
+    kept: list[_Kept] | None = None,
 ) -> Tensor:
-    """LSE of some anchors, scaled to base 2, over all keys; `mean`, zeros, takes the keys' average by softmax."""
+    """LSE of some anchors, scaled to base 2, over all keys; `mean`, zeros, takes the keys' average by softmax.
+
+    Where `kept` is given, it takes what each tile gave, and the buffer has room for all tiles.
+    """
     total = scaled.new_zeros(rows.stop - rows.start)
     peak = torch.full_like(total, -torch.inf)
     for tile in tiles:
-        logits = _masked_logits(scaled, label, rows, tile, buffer)
+        room = buffer if kept is None else buffer[len(total) * tile.at.start :]
+        logits = _masked_logits(scaled, label, rows, tile, room)
         higher = torch.maximum(peak, logits.amax(1))
         base = finite(higher)
         logits.sub_(base[:, None]).exp2_()
@@ -145,6 +212,8 @@ def _lse_of_rows(
         total.mul_(shrink).add_(logits.sum(1))
         if mean is not None:
             mean.mul_(shrink[:, None]).addmm_(logits, tile.keys)
+        if kept is not None:
+            kept.append(_Kept(tile, logits, higher))
         peak = higher
     if mean is not None:
         mean /= torch.where(total > 0, total, 1.0)[:, None]
@@ -234,6 +303,28 @@ def lse(
     """
     masks = [(block.valid, block.label) for block in blocks]
     return _LSE.apply(anchors, anchor_label, masks, temperature, tile, *(block.keys for block in blocks))
+
+
+def softplus_lse(
+    anchors: Float[Tensor, "N F"],
+    positive: Float[Tensor, " N"],
+    block: Keys,
+    temperature: float,
+    tile: int,
+    anchor_label: Int64[Tensor, " N"] | None = None,
+) -> Float[Tensor, ""]:
+    """sum_n softplus(lse_n - positive_n), lse as in `lse`, differentiable once in anchors, positive and keys.
+
+    Where keys need a gradient every pair is visited once: forward collects all gradients, N·F and M·F numbers that
+    wait for one backward pass, and works with N·F and rows_kept(N, M)·M besides. With more keys than leave room for
+    that, and where keys need none, as `lse`. Away from the CPU, whose cache a tile is to fit, all keys are one tile.
+    """
+    kept = block.keys.requires_grad and torch.is_grad_enabled() and rows_kept(len(anchors), len(block.keys))
+    if not kept:
+        return softplus(lse(anchors, [block], temperature, tile, anchor_label) - positive).sum()
+    mask = block.valid, block.label
+    tile = tile if anchors.device.type == "cpu" else len(block.keys)
+    return _SoftplusLSE.apply(anchors, positive, anchor_label, mask, temperature, tile, block.keys)
 
 
 def positives(
