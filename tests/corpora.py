@@ -12,12 +12,14 @@ from cclmpc_dist.data import shards
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats.h5 import LA_FILE
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, sha256
+from cclmpc_dist.data.seen import AS_STORED, Seen
 
 
 def numbered(
     count: int, shape: Sequence[int] = (9, 8, 7), channels: int = 1, kind: str = "uint8", labels: bool = True
 ) -> list[Case]:
-    """Random cases case-000, case-001, ... of about `shape`, each of its own size, labels in 0..2."""
+    """Random cases case-000, case-001, ... of about `shape`, each of its own size, labels in 0..2. Channels of kind
+    "unlike" are each seen in their own way."""
     cases = []
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -25,10 +27,14 @@ def numbered(
         image = rng.integers(0, 200, (channels, *size)).astype(np.float32)
         if kind == "scaled":
             image = np.float32(-1.5) + np.float32(0.037) * image
+        seen = AS_STORED
+        if kind == "unlike":
+            seen = Seen.of([(0.01 * (channel + 1), -0.25 * (number + 2) * (channel + 1) ** 2, 20 * channel, 190)
+                            for channel in range(channels)])  # fmt: skip
         if kind == "float32":
             image = rng.standard_normal((channels, *size)).astype(np.float32)
         label = rng.integers(0, 3, size).astype(np.uint8) * (rng.random(size) < 0.1)
-        cases.append(Case(f"case-{number:03d}", image, label if labels else None, (1.0,) * len(size)))
+        cases.append(Case(f"case-{number:03d}", image, label if labels else None, (1.0,) * len(size), seen=seen))
     return cases
 
 

@@ -16,7 +16,7 @@ EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def build(out: Path) -> None:
-    write(out, numbered(4), labelled=2, val_last=1, shard_bytes=9000)
+    write(out, numbered(4, channels=2, kind="unlike"), labelled=2, val_last=1, shard_bytes=9000)
 
 
 def in_a_child(out: Path, kill_at: int) -> int:

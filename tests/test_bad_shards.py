@@ -57,7 +57,7 @@ def _(index):
 
 @kind("another version")
 def _(index):
-    told(index, version=3)
+    told(index, version=4)
 
 
 @kind("a manifest that is no JSON")
@@ -123,7 +123,7 @@ def _(index):
 
 @kind("a clip from above to below")
 def _(index):
-    rewrite(index, low=np.full(6, 3, np.float32), high=np.full(6, 2, np.float32))
+    rewrite(index, low=np.full((6, 1), 3, np.float32), high=np.full((6, 1), 2, np.float32))
 
 
 @kind("a shard that is missing")

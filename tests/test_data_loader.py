@@ -323,7 +323,7 @@ def test_stored_types_may_mix(tmp_path):
     data, reader = stream(index), Reader(index)
     batch = data.batch(0, range(4))
     assert batch["image"].dtype == torch.float32
-    assert batch["scale"].tolist() == [1] * 4
+    assert batch["scale"].tolist() == [[1]] * 4
     for lane, values in enumerate(to_device(batch, "cpu")["image"]):
         row, crop = drawn(data, 0, lane)
         np.testing.assert_array_equal(values, oracle(reader.normalised(row), crop, PATCH, 0))

@@ -163,7 +163,7 @@ def test_a_region_matches_slicing_and_pads_around(corpus):
 def test_padding_is_the_level_nearest_to_zero(tmp_path):
     case = numbered(1, kind="scaled")[0]
     index = write(tmp_path / "out", [case])
-    background = Reader(index).background(0)
+    (background,) = Reader(index).background(0)
     assert background in range(256)
     assert np.abs(index["offset"][0] + index["scale"][0] * background) <= 0.5 * index["scale"][0]
 
@@ -308,7 +308,7 @@ def test_index_that_is_none(corpus):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "cannot be read"), ('{"version": 3}', "version 3"), ("[]", "version None")]
+    ("text", "words"), [("{", "cannot be read"), ('{"version": 4}', "version 4"), ("[]", "version None")]
 )
 def test_manifest_that_cannot_be_used(corpus, text, words):
     (corpus.path / index_file.MANIFEST).write_text(text)

@@ -13,6 +13,7 @@ from cclmpc_dist.data.formats.normalise import Normalised, normalise, parse_rule
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Stream, to_device
 from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.data.seen import AS_STORED, Seen
 from cclmpc_dist.data.verify import inspect, verify
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.cases import whole
@@ -38,10 +39,19 @@ def corpus(folder: Path, found: list[Normalised], clipped: bool) -> Index:
         label = (one.image[0] > 900).astype(np.uint8)
         image, seen = one.image, one.seen
         if clipped:
-            image = np.clip(one.image, one.low, one.high).astype(one.image.dtype)
-            seen = {"scale": one.scale, "offset": one.offset}
-        cases.append(Case(f"case-{number}", image, label, (1.0, 1.0, 1.0), **seen))
+            image = np.clip(one.image, seen.low[0], seen.high[0]).astype(one.image.dtype)
+            seen = seen._replace(low=AS_STORED.low, high=AS_STORED.high)
+        cases.append(Case(f"case-{number}", image, label, (1.0, 1.0, 1.0), seen=seen))
     return write(folder, cases)
+
+
+def plain(image: np.ndarray, seen: Seen) -> np.ndarray:
+    """offset + scale * clip(image, low, high) in float64, a channel at a time."""
+    out = np.empty(image.shape)
+    for channel, values in enumerate(image):
+        scale, offset, low, high = (numbers[channel % len(numbers)] for numbers in seen)
+        out[channel] = offset + scale * np.minimum(np.maximum(values.astype(float), low), high)
+    return out
 
 
 def batches(index: Index, patch: tuple[int, ...]) -> list[dict]:
@@ -74,7 +84,7 @@ def test_batches_are_those_of_an_image_clipped_before(tmp_path: Path, rule: str,
         seen = whole(Reader(kept), row, "cpu")
         assert torch.equal(seen, whole(Reader(host), row, "cpu"))
         np.testing.assert_array_equal(seen, Reader(kept).normalised(row))
-        np.testing.assert_allclose(seen, one.applied(), atol=1e-5)
+        np.testing.assert_allclose(seen, plain(one.image, one.seen), atol=1e-5)
     assert verify(kept.path) == []
     assert inspect(kept)["percentiles"] == inspect(host)["percentiles"]
 
@@ -83,11 +93,11 @@ def test_what_is_stored_is_the_file_and_its_bounds(tmp_path: Path) -> None:
     """In stored units, where they are others than the file's."""
     images = [np.array([[[-1000, -160, 240, 3000]]], np.int16), np.array([[[0, 500, 40000, 65535]]], np.uint16)]
     found = [normalise(image, parse_rule(WINDOW), Path("f")) for image in images]
-    index = corpus(tmp_path / "out", [Normalised(one.image[None], one.said, **one.seen) for one in found], False)
+    index = corpus(tmp_path / "out", [Normalised(one.image[None], one.said, one.seen) for one in found], False)
     assert index["dtype"].tolist() == [1, 1]
     assert Reader(index).image(0).tolist() == images[0][None].tolist()
-    np.testing.assert_array_equal(index["offset"], [0.4, 0.4 + 32768 / 400])
-    assert list(zip(index["low"], index["high"], strict=True)) == [(-160, 240), (-160 - 32768, 240 - 32768)]
+    np.testing.assert_array_equal(index["offset"], [[0.4], [0.4 + 32768 / 400]])
+    assert np.hstack([index["low"], index["high"]]).tolist() == [[-160, 240], [-160 - 32768, 240 - 32768]]
     np.testing.assert_allclose(Reader(index).normalised(1)[0, 0], [[0.4, 1, 1, 1]], atol=1e-5)
     at, size = int(index["json_at"][0]), int(index["json_bytes"][0])
     said = json.loads(index.shard_path(0).read_bytes()[at : at + size])
@@ -104,13 +114,17 @@ def test_without_a_clip_nothing_is_done_but_scale_and_offset(tmp_path: Path) -> 
         assert torch.equal(to_device(batch, "cpu")["image"], expected)
 
 
-def test_the_version_before_is_read_as_one_without_a_clip(tmp_path: Path) -> None:
+def flat(index: Index, *names: str) -> dict[str, np.ndarray]:
+    return {name: index[name][:, 0].copy() for name in names}
+
+
+def test_version_1_is_read_as_one_without_a_clip(tmp_path: Path) -> None:
     index = write(tmp_path / "out", numbered(6))
     expected = [to_device(batch, "cpu")["image"] for batch in batches(index, (5, 6, 4))]
-    rewrite(index, low=None, high=None)
+    rewrite(index, low=None, high=None, **flat(index, "scale", "offset"))
     told(index, version=1)
     before = Index.open(index.path)
-    assert (before["low"].tolist(), before["high"].tolist()) == ([-np.inf] * 6, [np.inf] * 6)
+    assert (before["low"].tolist(), before["high"].tolist()) == ([[-np.inf]] * 6, [[np.inf]] * 6)
     for image, batch in zip(expected, batches(before, (5, 6, 4)), strict=True):
         assert torch.equal(image, to_device(batch, "cpu")["image"])
     assert verify(index.path) == []
@@ -119,10 +133,29 @@ def test_the_version_before_is_read_as_one_without_a_clip(tmp_path: Path) -> Non
         Index.open(index.path)
 
 
+def test_version_2_has_one_number_for_all_channels(tmp_path: Path) -> None:
+    found = [normalise(image, parse_rule(PERCENTILE), Path("f")) for image in scans("if")]
+    cases = [
+        Case(f"case-{n}", np.tile(one.image, (2, 1, 1, 1)), None, (1.0,) * 3, seen=one.seen)
+        for n, one in enumerate(found)
+    ]
+    index = write(tmp_path / "out", cases)
+    expected = [Reader(index).normalised(row) for row in range(6)]
+    rewrite(index, **flat(index, *Seen._fields))
+    with pytest.raises(InputError, match="column scale does not fit the channels"):
+        Index.open(index.path)
+    told(index, version=2)
+    before = Index.open(index.path)
+    for row, image in enumerate(expected):
+        np.testing.assert_array_equal(Reader(before).normalised(row), image)
+        assert torch.equal(whole(Reader(before), row, "cpu"), torch.from_numpy(image))
+    assert verify(index.path) == []
+
+
 @pytest.mark.parametrize(("low", "high"), [(3, 2), (np.nan, 2), (np.inf, np.inf), (-np.inf, -np.inf)])
 def test_bounds_that_cannot_be(tmp_path: Path, low: float, high: float) -> None:
     index = write(tmp_path / "out", numbered(2))
-    rewrite(index, low=np.full(2, low, np.float32), high=np.full(2, high, np.float32))
+    rewrite(index, low=np.full((2, 1), low, np.float32), high=np.full((2, 1), high, np.float32))
     with pytest.raises(InputError, match="column low or high bounds nothing: damaged, shard again"):
         Index.open(index.path)
     assert ["bounds nothing" in line for line in verify(index.path)] == [True]

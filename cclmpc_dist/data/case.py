@@ -1,10 +1,11 @@
 """One case of a corpus: in memory, and before it is read."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from cclmpc_dist.data.seen import AS_STORED, Seen
 
 
 class Handle(Protocol):
@@ -30,8 +31,7 @@ class Case:
 
     key: unique name. image: float32 or integer (C, *S). label: uint8 (*S), None where there is none. spacing:
     mm a voxel, one number an axis. meta: what JSON can hold, such as `patient`, `affine`, `normalisation`,
-    `cropped_by_label`. low, high, scale, offset: the network sees offset + scale * image, the image clipped to
-    [low, high] before.
+    `cropped_by_label`. seen: how the network sees the image, bounds in its own units.
     """
 
     key: str
@@ -39,10 +39,7 @@ class Case:
     label: np.ndarray | None
     spacing: tuple[float, ...]
     meta: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
-    offset: float = 0.0
-    low: float = -math.inf
-    high: float = math.inf
+    seen: Seen = AS_STORED
 
     @property
     def fingerprint(self) -> str:

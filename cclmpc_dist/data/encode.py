@@ -6,7 +6,6 @@ never applied here, only written down in stored units.
 
 import io
 import json
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ import numpy as np
 
 from cclmpc_dist.data.case import Case, Handle
 from cclmpc_dist.data.index import DTYPES, FOREGROUND
+from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.errors import InputError
 
 TOLERANCE = 1e-3  # of a step between stored values; LA's float32 rounding stays below 2e-5
@@ -36,10 +36,7 @@ class Sample:
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     dtype: int
-    scale: float
-    offset: float
-    low: float
-    high: float
+    seen: Seen
     cropped_by_label: bool
     top: int
     voxels: list[tuple[int, np.ndarray]]
@@ -49,15 +46,15 @@ def encode(handle: Handle, classes: int | None, compress: Compression) -> Sample
     """Read a case, check it and encode it. Raises InputError naming it."""
     case = handle.read()
     check(case, classes)
-    stored, step, zero = quantise(case.image)
-    seen = {
-        "scale": case.scale * step, "offset": case.offset + case.scale * zero,
-        "low": float(np.float32((case.low - zero) / step)), "high": float(np.float32((case.high - zero) / step)),
-    }  # fmt: skip
+    stored, step, zero = _stored(case.image)
+    seen = Seen(
+        case.seen.scale * step, case.seen.offset + case.seen.scale * zero,
+        *(((bound - zero) / step).astype(np.float32).astype(float) for bound in (case.seen.low, case.seen.high)),
+    )  # fmt: skip
     meta = _meta(case, seen)
     return Sample(
         case.key, str(meta["patient"]), _members(case, stored, meta, compress), stored.shape, case.spacing,
-        DTYPES.index(stored.dtype), **seen, cropped_by_label=bool(meta["cropped_by_label"]),
+        DTYPES.index(stored.dtype), seen, cropped_by_label=bool(meta["cropped_by_label"]),
         top=0 if case.label is None else int(case.label.max()),
         voxels=[] if case.label is None else foreground(case.label),
     )  # fmt: skip
@@ -80,6 +77,17 @@ def check(case: Case, classes: int | None = None) -> None:
         raise InputError(
             f"case {case.key}: label {high if low >= 0 else low} is not in 0..{top - 1}: repair it or raise --classes"
         )
+
+
+def _stored(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(stored, scale, offset) as `quantise` has it, scale and offset (1,) where one fits all channels of an image
+    (C, *S), else (C,)."""
+    together = quantise(image)
+    apart = [quantise(channel) for channel in image] if len(image) > 1 and together[0].dtype.kind == "f" else []
+    if any(channel.dtype.kind == "f" for channel, _, _ in apart) or not apart:
+        return together[0], np.array([together[1]]), np.array([together[2]])
+    channels, scales, offsets = zip(*apart, strict=True)
+    return np.stack(channels), np.array(scales), np.array(offsets)
 
 
 def quantise(image: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -129,19 +137,14 @@ def _step(values: np.ndarray) -> float | None:
     return None
 
 
-def _meta(case: Case, seen: dict[str, float]) -> dict[str, object]:
-    """The sample's JSON: all that is needed to use a volume without the index. `seen`: how the network sees it."""
+def _meta(case: Case, seen: Seen) -> dict[str, object]:
+    """The sample's JSON: all that is needed to use a volume without the index. `seen`: of what is stored."""
     spacing = [float(size) for size in case.spacing]
     return {
         "normalisation": "none", "cropped_by_label": False, "patient": case.key,
         "affine": np.diag([*spacing, *[1.0] * (4 - len(spacing))]).tolist(), **case.meta,
-        "key": case.key, "spacing": spacing, **{name: finite(value) for name, value in seen.items()},
+        "key": case.key, "spacing": spacing, **seen.said(),
     }  # fmt: skip
-
-
-def finite(value: float) -> float | None:
-    """As JSON can hold it: None for infinity, which as a bound is none."""
-    return value if math.isfinite(value) else None
 
 
 def _members(case: Case, stored: np.ndarray, meta: dict[str, object], compress: Compression) -> dict[str, bytes]:

@@ -1,27 +1,11 @@
-"""The index beside the shards: one column an array, memory-mapped, no Python object a sample.
-
-Columns of `index.safetensors` (n samples in corpus order; offsets in bytes from the start of the shard's
-file):
-    shard (n)                 number of the shard
-    image_at, image_bytes (n) the image's .npy or .npy.zst
-    label_at, label_bytes (n) the label's; bytes 0 where there is none
-    json_at, json_bytes (n)   the sample's JSON
-    dtype (n)                 code of the stored image, see DTYPES
-    shape (n, 1 + dims)       C and S
-    low, high (n)             bounds in stored units; -inf, inf where nothing is clipped
-    scale, offset (n)         the network sees offset + scale * clip(stored, low, high)
-    spacing (n, dims)         mm
-    labelled (n)              1: labelled unless the run's configuration says otherwise;  split (n)  0 train, 1 val
-    key_bytes, key_at (n+1)   UTF-8 names end to end;  key_order (n)  rows sorted by name
-    voxel_at (n * (classes - 1) + 1), voxels (v, dims)  up to FOREGROUND voxels of each sample and class from 1 on
-"""
+"""The index beside the shards: arrays that are memory-mapped (columns.py), no Python object a sample."""
 
 import difflib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,26 +13,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cclmpc_dist.data import sound
+from cclmpc_dist.data.columns import INDEX, UNCLIPPED, VERSION, chunks, mapped
+from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.data.store import Url
 from cclmpc_dist.errors import InputError
 
-VERSION = 2
-UNCLIPPED = 1  # the version before, read as one in which nothing is clipped
 MANIFEST = "manifest.json"
-INDEX = "index.safetensors"
 SHA256 = "[0-9a-f]{64}"  # cached files are named by it
 DTYPES = (np.dtype("<u1"), np.dtype("<i2"), np.dtype("<f4"))
 FOREGROUND = 64  # voxels kept a sample and class [F]
 TRAIN, VAL = 0, 1
-NO_CLIP = {"low": np.float32(-np.inf), "high": np.float32(np.inf)}
 LOOKED_THROUGH = 1 << 20  # samples up to which every value is looked at; beyond, `cclmpc verify` alone does
-CHUNK = 1 << 18  # rows
-_TYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "U8": "<u1"}  # in safetensors' order
-
-
-def chunks(n: int) -> Iterator[slice]:
-    """n rows, so many at a time that what is computed of them is small beside the index."""
-    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
 
 
 def sha256(path: Path) -> str:
@@ -68,10 +43,7 @@ class Index:
         self.path = path
         self.manifest = manifest
         self.file = file or Path(path / INDEX)
-        self.columns = _columns(self.file)
-        if manifest["version"] == UNCLIPPED and "shard" in self.columns:
-            n = self.columns["shard"].shape[:1]
-            self.columns = {name: np.broadcast_to(bound, n) for name, bound in NO_CLIP.items()} | self.columns
+        self.columns = mapped(self.file, manifest["version"])
         unsound = sound.structure(self.columns)
         if unsound:
             raise InputError(f"{path / INDEX}: {unsound}: damaged, or the index of another corpus than {MANIFEST}: "
@@ -185,6 +157,10 @@ class Index:
             if shard["samples"] != samples
         ]
 
+    def seen(self, row: int) -> Seen:
+        """How the network sees the image of a sample."""
+        return Seen(*(self.columns[name][row] for name in Seen._fields))
+
     def key(self, row: int) -> str:
         start, stop = self["key_at"][row : row + 2]
         return self["key_bytes"][start:stop].tobytes().decode()
@@ -235,28 +211,8 @@ def edited(path: Path | Url, entry: str, said: Any, true: Any) -> str:
     return f"{path / MANIFEST}: {entry} = {json.dumps(said)}, written as {was}: put {was} back, or shard again"
 
 
-def create(path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """Columns of zeros for a new index, mapped for writing: they need not fit into memory. `seal` gives the
-    file its name. layout: safetensors' type and the shape of each."""
-    header: dict[str, dict[str, Any]] = {}
-    at = 0
-    for name in sorted(layout, key=lambda name: ([*_TYPES].index(layout[name][0]), name)):
-        code, shape = layout[name]
-        stop = at + int(np.prod(shape)) * np.dtype(_TYPES[code]).itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file = path / f"{INDEX}.part"
-    with open(file, "wb") as new:
-        new.write(len(text).to_bytes(8, "little") + text)
-        new.truncate(8 + len(text) + at)
-    body = np.memmap(file, np.uint8, "r+").view(np.ndarray)[8 + len(text) :]
-    return {name: _view(body, entry) for name, entry in header.items()}
-
-
 def seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Complete the index of `create` and write the manifest, last: a folder without one is no corpus."""
+    """Complete the index of `columns.create` and write the manifest, last: a folder without one is no corpus."""
     part = path / f"{INDEX}.part"
     with open(part, "r+b") as file:
         os.fsync(file.fileno())
@@ -357,8 +313,8 @@ def parsed(data: bytes, file: Path | Url) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file}: cannot be read ({error}): shard again") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version not in (UNCLIPPED, VERSION):
-        raise InputError(f"{file}: version {version}, and this program reads {UNCLIPPED} and {VERSION}: shard again")
+    if version not in range(UNCLIPPED, VERSION + 1):
+        raise InputError(f"{file}: version {version}, and this program reads {UNCLIPPED} to {VERSION}: shard again")
     if not _is_sound(manifest):
         raise InputError(f"{file}: edited or damaged: shard again")
     return manifest
@@ -383,21 +339,3 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and all(re.fullmatch(r"[\w.\-]+\.tar", entry["name"]) and entry["bytes"] >= 0 for entry in shards)
         and all(re.fullmatch(SHA256, entry["sha256"]) for entry in [{"sha256": manifest["index_sha256"]}, *shards])
     )
-
-
-def _columns(file: Path) -> dict[str, np.ndarray]:
-    """Views into the memory-mapped safetensors file: an 8-byte length, a JSON header, the arrays' bytes."""
-    try:
-        data = np.memmap(file, np.uint8, "r").view(np.ndarray)
-        length = int(data[:8].view("<u8")[0])
-        header = json.loads(data[8 : 8 + length].tobytes())
-        header.pop("__metadata__", None)
-        body = data[8 + length :]
-        return {name: _view(body, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise InputError(f"{file}: not an index: shard again") from None
-
-
-def _view(body: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
-    start, stop = entry["data_offsets"]
-    return body[start:stop].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -26,14 +26,12 @@ from cclmpc_dist.data import draws
 from cclmpc_dist.data.ahead import Course, ahead
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
-from cclmpc_dist.data.reader import Reader, applied, copy_rows, region
+from cclmpc_dist.data.reader import Reader, copy_rows, region
 from cclmpc_dist.data.remote import RemoteIndex
+from cclmpc_dist.data.seen import AS_STORED, Seen
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
-AS_STORED = {  # the network sees what is stored
-    "scale": np.float32(1), "offset": np.float32(0), "low": np.float32(-np.inf), "high": np.float32(np.inf),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Mixture:
         """The crops of some lanes, ascending, at a global step.
 
         image: (b, C, *patch) as stored, or float32 as the network sees it where stored types differ; scale, offset,
-        low, high: (b,) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
+        low, high: (b, C) float32, what `to_device` makes of it; label: (b, *patch) uint8, with_label only; key: (b,)
         int64 for draws; lane: (b,) int64; skipped: int, samples passed over. Raises InputError naming shard and case.
         """
         shares = self.split(lanes)
@@ -224,12 +222,7 @@ class Stream(Mixture):
         row, crop = volume.row, self._crop(volume.row, u)
         image = crop.turned(region(volume.image, crop.start, crop.size, self._reader.background(row)))
         label = None if volume.label is None else crop.turned(region(volume.label, crop.start, crop.size, 0))
-        return _Sample(key, image, label, seen(self.index, row), volume.passed)
-
-
-def seen(index: Index, row: int) -> dict[str, np.float32]:
-    """How the network sees a stored image: `applied` takes it."""
-    return {name: np.float32(index[name][row]) for name in AS_STORED}
+        return _Sample(key, image, label, self.index.seen(row), volume.passed)
 
 
 @dataclass(frozen=True)
@@ -244,18 +237,17 @@ class _Volume:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A crop as a view of what was read: image (C, *patch) as stored, label (*patch); seen: what `to_device` makes of
-    the image."""
+    """A crop as a view of what was read: image (C, *patch) as stored, label (*patch)."""
 
     key: int
     image: np.ndarray
     label: np.ndarray | None
-    seen: dict[str, np.float32]
+    seen: Seen
     passed: int
 
     def normalised(self) -> "_Sample":
         """With float32 values, bit for bit as `to_device` computes them."""
-        return replace(self, image=applied(self.image, **self.seen), seen=AS_STORED)
+        return replace(self, image=self.seen.applied(self.image), seen=AS_STORED)
 
 
 def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
@@ -265,10 +257,17 @@ def _joined(samples: list[_Sample], buffers: Buffers) -> Batch:
     batch: Batch = {"image": _stacked([sample.image for sample in samples], buffers)}
     labels = [sample.label for sample in samples if sample.label is not None]
     batch |= {"label": _stacked(labels, buffers)} if labels else {}
-    for name in AS_STORED:
-        batch[name] = torch.from_numpy(np.array([sample.seen[name] for sample in samples]))
+    batch |= _seen([sample.seen for sample in samples], channels=batch["image"].shape[1])
     keys = torch.tensor([sample.key for sample in samples])
     return batch | {"key": keys, "skipped": sum(sample.passed for sample in samples)}
+
+
+def _seen(samples: list[Seen], channels: int) -> Batch:
+    batch = [np.empty((len(samples), channels), np.float32) for _ in Seen._fields]
+    for row, sample in enumerate(samples):
+        for numbers, own in zip(batch, sample, strict=True):
+            numbers[row] = own
+    return {name: torch.from_numpy(numbers) for name, numbers in zip(Seen._fields, batch, strict=True)}
 
 
 def _stacked(views: list[np.ndarray], buffers: Buffers) -> Tensor:
@@ -364,14 +363,14 @@ def _end_with_parent(worker: int) -> None:
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch on `device`: image float32 (b, C, *patch) = offset + scale * clip(stored, low, high), label int64;
-    these four are used up. Under autocast too, all of it is float32."""
+    these four, (b, C) or (b, 1), are used up. Under autocast too, all of it is float32."""
     moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
     image = moved["image"]
-    axes = (-1,) + (1,) * (image.ndim - 1)
-    scale, offset, low, high = (moved.pop(name).view(axes) for name in AS_STORED)
+    axes = (len(image), -1) + (1,) * (image.ndim - 2)
+    scale, offset, low, high = (moved.pop(name).view(axes) for name in Seen._fields)
     values = image.to(torch.float32, copy=True)
     torch.maximum(values, low, out=values)  # a clamp by tensors takes ten times as long on a CPU
     torch.minimum(values, high, out=values)

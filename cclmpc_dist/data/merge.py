@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.data import index
+from cclmpc_dist.data.columns import VERSION, create
 from cclmpc_dist.data.index import MANIFEST, TRAIN, VAL, Index
 from cclmpc_dist.data.parts import PARTS, Part, Piece, Rows, difference, read_record
+from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.errors import InputError
 
 SKIPPED = "skipped.json"
-COPIED = (*(name for name in Rows.INTEGERS if name != "case"), "shape", "spacing", "scale", "offset", "low", "high")
+COPIED = (*(name for name in Rows.INTEGERS if name != "case"), "shape", "spacing", *Seen._fields)
 
 
 def merge(out: str | Path) -> Index:
@@ -84,6 +86,7 @@ class _Survey:
     classes: int = 2
     present: set[int] = field(default_factory=set)  # classes from 1 on that a label holds
     form: list[int] = field(default_factory=list)
+    seen: int = 1  # w of columns.py
     cropped_by_label: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
@@ -125,6 +128,7 @@ def _add(survey: _Survey, out: Path, piece: Piece, train: int) -> None:
     survey.voxels += len(piece.columns["voxels"])
     survey.classes = max(survey.classes, told["top"] + 1)
     survey.present.update(piece.columns["voxel_class"].tolist())
+    survey.seen = max(survey.seen, piece.columns["scale"].shape[1])
     survey.cropped_by_label |= told["cropped_by_label"]
     survey.shards.append(entry)
     survey.skipped += told["skipped"]
@@ -135,7 +139,7 @@ def _add(survey: _Survey, out: Path, piece: Piece, train: int) -> None:
 
 def _write(out: Path, parts: list[_Found], survey: _Survey) -> None:
     settings = parts[0].settings
-    columns = index.create(out, _layout(survey))
+    columns = create(out, _layout(survey))
     names = np.empty(survey.rows, f"S{survey.widest}")
     row = key = voxel = shard = 0
     for found in parts:
@@ -156,7 +160,7 @@ def _write(out: Path, parts: list[_Found], survey: _Survey) -> None:
     if survey.skipped:
         index.replace(out / SKIPPED, index.pretty(survey.skipped))
     manifest = {
-        "version": index.VERSION, "format": "webdataset", "source": settings["source"],
+        "version": VERSION, "format": "webdataset", "source": settings["source"],
         "compress": settings["compress"], "cropped_by_label": survey.cropped_by_label, "shards": survey.shards,
         "skipped": len(survey.skipped), "settings": settings, "inputs": [found.inputs for found in parts],
     }  # fmt: skip
@@ -164,12 +168,12 @@ def _write(out: Path, parts: list[_Found], survey: _Survey) -> None:
 
 
 def _layout(survey: _Survey) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each column of index.py's docstring."""
-    n, dims = survey.rows, survey.form[1]
+    """Type and shape of each column of columns.py's docstring."""
+    n, dims, seen = survey.rows, survey.form[1], (survey.rows, survey.seen)
     places = {f"{part}_{what}": ("I64", (n,)) for part in ("image", "label", "json") for what in ("at", "bytes")}
     return places | {
         "shard": ("I32", (n,)), "dtype": ("U8", (n,)), "shape": ("I32", (n, 1 + dims)),
-        "scale": ("F64", (n,)), "offset": ("F64", (n,)), "low": ("F32", (n,)), "high": ("F32", (n,)),
+        "scale": ("F64", seen), "offset": ("F64", seen), "low": ("F32", seen), "high": ("F32", seen),
         "spacing": ("F64", (n, dims)),
         "labelled": ("U8", (n,)), "split": ("U8", (n,)),
         "key_bytes": ("U8", (survey.key_bytes,)), "key_at": ("I64", (n + 1,)), "key_order": ("I64", (n,)),

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cclmpc_dist.data.columns import chunks
 from cclmpc_dist.data.draws import philox
-from cclmpc_dist.data.index import chunks
 from cclmpc_dist.data.reader import recent
 from cclmpc_dist.errors import InputError
 

@@ -20,8 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from cclmpc_dist.data.case import Handle
+from cclmpc_dist.data.columns import VERSION
 from cclmpc_dist.data.encode import Compression, Sample
-from cclmpc_dist.data.index import VERSION, pretty, replace
+from cclmpc_dist.data.index import pretty, replace
+from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.errors import InputError
 
 PARTS = "parts"
@@ -174,7 +176,6 @@ class Rows:
     """The rows of one shard while it grows: one machine array a column."""
 
     INTEGERS = ("case", "image_at", "image_bytes", "label_at", "label_bytes", "json_at", "json_bytes", "dtype")
-    SEEN = ("scale", "offset", "low", "high")
     VOXELS = ("voxel_row", "voxel_class", "voxel_count")
 
     def __init__(self, first: int) -> None:
@@ -185,7 +186,7 @@ class Rows:
         self.cropped_by_label, self.top = False, 0
         self.shape: tuple[int, ...] = ()
         self.integers = {name: array("q") for name in (*self.INTEGERS, *self.VOXELS)}
-        self.shapes, self.floats = array("q"), {name: array("d") for name in ("spacing", *self.SEEN)}
+        self.shapes, self.floats = array("q"), {name: array("d") for name in ("spacing", *Seen._fields)}
         self.voxels: list[np.ndarray] = []
 
     def add(self, case: int, sample: Sample, places: dict[str, tuple[int, int]]) -> None:
@@ -203,8 +204,8 @@ class Rows:
         self.shape = sample.shape
         self.shapes.extend(sample.shape)
         self.floats["spacing"].extend(sample.spacing)
-        for name in self.SEEN:
-            self.floats[name].append(getattr(sample, name))
+        for name, numbers in sample.seen._asdict().items():
+            self.floats[name].extend(np.broadcast_to(numbers, sample.shape[:1]).tolist())
         self.cropped_by_label |= sample.cropped_by_label
         self.top = max(self.top, sample.top)
         self.keys.append(sample.key)
@@ -218,6 +219,7 @@ class Rows:
         columns: dict[str, np.ndarray] = {name: np.array(values, np.int64) for name, values in self.integers.items()}
         columns |= {name: np.array(values, np.float64) for name, values in self.floats.items()}
         columns["spacing"] = columns["spacing"].reshape(-1, axes - 1)
+        columns |= _narrowed({name: columns[name].reshape(len(self.keys), -1) for name in Seen._fields})
         columns["shape"] = np.array(self.shapes, np.int32).reshape(-1, axes)
         columns["voxels"] = np.concatenate([np.empty((0, axes - 1), np.int32), *self.voxels]).astype(np.int32)
         told |= {
@@ -227,6 +229,12 @@ class Rows:
         }  # fmt: skip
         data = json.dumps(told).encode() + b"\n" + save(columns)
         replace(file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+
+def _narrowed(seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of columns (n, C) the first where no sample's channels differ in any of them."""
+    alike = all((numbers == numbers[:, :1]).all() for numbers in seen.values())
+    return {name: numbers[:, : 1 if alike else None].copy() for name, numbers in seen.items()}
 
 
 @dataclass

@@ -70,24 +70,28 @@ class Reader:
 
     def normalised(self, row: int) -> np.ndarray:
         """Image (C, *S) float32 as the network sees it, bit for bit as loader.to_device makes it of a batch."""
-        seen = {name: np.float32(self.index[name][row]) for name in ("scale", "offset", "low", "high")}
-        return applied(self.image(row), **seen)
+        return self.index.seen(row).applied(self.image(row))
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """The sample's JSON. Raises InputError."""
+        try:
+            return dict(json.loads(self._bytes(row, "json")))
+        except (ValueError, TypeError):
+            raise InputError(f"{self._where(row)}: its JSON cannot be read: copy the shard again") from None
 
     def unit(self, row: int) -> str:
         """What the spacing is in: mm; voxel or pixel where the source tells none. Raises InputError."""
-        try:
-            return str(json.loads(self._bytes(row, "json")).get("unit", "mm"))
-        except (ValueError, AttributeError):
-            raise InputError(f"{self._where(row)}: its JSON cannot be read: copy the shard again") from None
+        return str(self.meta(row).get("unit", "mm"))
 
-    def background(self, row: int) -> float:
-        """The stored value nearest to normalised 0."""
+    def background(self, row: int) -> list[float]:
+        """The stored value nearest to normalised 0, of each channel or of all."""
         dtype = DTYPES[self.index["dtype"][row]]
-        value = -self.index["offset"][row] / self.index["scale"][row]
+        offset, scale = self.index["offset"][row].tolist(), self.index["scale"][row].tolist()
+        values = [-zero / step for zero, step in zip(offset, scale, strict=True)]
         if dtype.kind == "f":
-            return float(value)
+            return values
         lowest, highest = (0, 255) if dtype == np.uint8 else (-32768, 32767)
-        return min(max(round(value), lowest), highest)
+        return [min(max(round(value), lowest), highest) for value in values]
 
     def keep(self, shards: Collection[int]) -> None:
         """Let go of the maps of all other shards."""
@@ -132,19 +136,10 @@ class Reader:
             ) from None
 
 
-def applied(image: np.ndarray, scale: np.float32, offset: np.float32, low: np.float32, high: np.float32) -> np.ndarray:
-    """offset + scale * clip(image, low, high), a new float32 array."""
-    values = image.astype(np.float32)
-    np.clip(values, low, high, out=values)
-    values *= scale
-    values += offset
-    return values
-
-
-def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
+def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float | Sequence[float]) -> np.ndarray:
     """`size` voxels of `volume` from `start` on, leading axes beyond those taken whole.
 
-    A view where it lies inside the volume, else a new array that holds `fill` outside.
+    A view where it lies inside the volume, else a new array that holds `fill`, a number or one a channel, outside.
     """
     lead = volume.shape[: volume.ndim - len(size)]
     spans = [(max(a, 0), min(a + n, limit)) for a, n, limit in zip(start, size, volume.shape[len(lead) :], strict=True)]
@@ -152,7 +147,7 @@ def region(volume: np.ndarray, start: Sequence[int], size: Sequence[int], fill: 
     inner = volume[inside]
     if inner.shape[len(lead) :] == tuple(size):
         return inner
-    out = np.full((*lead, *size), fill, volume.dtype)
+    out = np.full((*lead, *size), np.reshape(fill, np.shape(fill) + (1,) * len(size)), volume.dtype)
     moved: tuple[Any, ...] = (
         ...,
         *[slice(low - a, max(low, high) - a) for a, (low, high) in zip(start, spans, strict=True)],

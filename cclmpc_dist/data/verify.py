@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from cclmpc_dist.data.encode import finite
-from cclmpc_dist.data.index import DTYPES, INDEX, UNCLIPPED, VAL, Index, edited
+from cclmpc_dist.data.columns import INDEX, UNCLIPPED
+from cclmpc_dist.data.index import DTYPES, VAL, Index, edited
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.remote import visited
 from cclmpc_dist.errors import InputError
@@ -128,9 +128,9 @@ def _array(file: BinaryIO, place: tuple[int, int], compress: str) -> np.ndarray 
 
 
 def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
-    held = {"key": index.key(row), "spacing": index["spacing"][row].tolist()}
-    bounds = () if index.manifest["version"] == UNCLIPPED else ("low", "high")
-    held |= {name: finite(float(index[name][row])) for name in ("scale", "offset", *bounds)}
+    held = {"key": index.key(row), "spacing": index["spacing"][row].tolist(), **index.seen(row).said()}
+    for name in ("low", "high") if index.manifest["version"] == UNCLIPPED else ():
+        del held[name]
     try:
         meta = json.loads(data)
         said = {name: meta[name] for name in held}
@@ -243,7 +243,7 @@ def cases(index: Index) -> Iterator[dict[str, Any]]:
             "split": "val" if index["split"][row] == VAL else "train", "labelled": bool(index["labelled"][row]),
             "with_label": bool(index["label_bytes"][row]), "size": index["shape"][row, 1:].tolist(),
             "spacing": index["spacing"][row].tolist(), "stored_as": str(DTYPES[index["dtype"][row]]),
-            **{name: finite(float(index[name][row])) for name in ("scale", "offset", "low", "high")},
+            **index.seen(row).said(),
         }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import seen, to_device
+from cclmpc_dist.data.loader import to_device
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.evaluation.evaluate import Evaluated, evaluate, gather_rows, share
@@ -60,5 +60,6 @@ def _read(index: Index, samples: Sequence[int], device: torch.device) -> Iterato
 def whole(reader: Reader, row: int, device: torch.device | str) -> Tensor:
     """A sample's image (C, *S) on `device`, float32 as the network sees it; it travels as it is stored."""
     stored = torch.from_numpy(np.array(reader.image(row)))
-    numbers = {name: torch.tensor([value]) for name, value in seen(reader.index, row).items()}
+    seen = reader.index.seen(row)._asdict().items()
+    numbers = {name: torch.from_numpy(values.astype(np.float32))[None] for name, values in seen}
     return to_device({"image": stored[None], **numbers}, device)["image"][0]

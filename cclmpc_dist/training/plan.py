@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.config import Config
-from cclmpc_dist.data.index import DTYPES, Index, chunks, select
+from cclmpc_dist.data.columns import chunks
+from cclmpc_dist.data.index import DTYPES, Index, select
 from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.remote import open_corpora

@@ -8,7 +8,8 @@ from torch import nn
 
 from cclmpc_dist.config import Config, check_world
 from cclmpc_dist.data.ahead import blocks
-from cclmpc_dist.data.index import Index, chunks, training
+from cclmpc_dist.data.columns import chunks
+from cclmpc_dist.data.index import Index, training
 from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.remote import GIB, RemoteIndex
 from cclmpc_dist.errors import InputError

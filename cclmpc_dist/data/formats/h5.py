@@ -65,7 +65,7 @@ class AcdcFile(Files):
             raise InputError(f"{path}: holds NaN or infinity: repair it or leave it out")
         values = normalise(image[None], self.options.normalise or Rule("none"), path)
         meta = {"patient": self.key.partition("_")[0], "normalisation": values.said, "unit": "voxel"}
-        return Case(self.key, values.image, label, (1.0,) * image.ndim, meta, **values.seen)
+        return Case(self.key, values.image, label, (1.0,) * image.ndim, meta, values.seen)
 
 
 def acdc_slices(folder: str | Path, list_file: str | Path | None, options: Options) -> list[AcdcFile]:

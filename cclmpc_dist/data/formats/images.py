@@ -35,7 +35,7 @@ class ImageFile(Files):
             label = label if label is None else _resized(label, options.resize, smooth=False)
         values = normalise(image, options.normalise or Rule("zscore"), path, together=True)
         meta = {"normalisation": values.said, "unit": "pixel"}
-        return Case(self.key, values.image, label, (1.0, 1.0), meta, **values.seen)
+        return Case(self.key, values.image, label, (1.0, 1.0), meta, values.seen)
 
 
 def images(folder: str | Path, list_file: str | Path | None, options: Options) -> list[Files]:

@@ -1,7 +1,6 @@
 """Intensities -> what the network sees: value = offset + scale * clip(image, low, high).
 
-All four numbers are only written down, and applied on the device: the image stays as the file has it, unless its
-channels differ.
+All four numbers are only written down, for each channel, and applied on the device: the image stays as the file has it.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cclmpc_dist.data.seen import AS_STORED, Seen
 from cclmpc_dist.errors import InputError
 
 KINDS = ("none", "zscore", "percentile", "window")
@@ -32,24 +32,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Normalised:
-    """image (C, *S) is stored; the network sees offset + scale * clip(image, low, high). said: for the sample's
-    JSON."""
+    """image (C, *S) is stored, the network sees it by `seen`. said: for the sample's JSON."""
 
     image: np.ndarray
     said: dict[str, Any]
-    scale: float = 1.0
-    offset: float = 0.0
-    low: float = -math.inf
-    high: float = math.inf
-
-    @property
-    def seen(self) -> dict[str, float]:
-        """How the network sees it, as Case takes it."""
-        return {"scale": self.scale, "offset": self.offset, "low": self.low, "high": self.high}
-
-    def applied(self) -> np.ndarray:
-        """What the network sees, float32."""
-        return (self.offset + self.scale * np.clip(self.image, self.low, self.high)).astype(np.float32)
+    seen: Seen = AS_STORED
 
 
 def parse_rule(text: str) -> Rule:
@@ -69,36 +56,29 @@ def parse_rule(text: str) -> Rule:
 
 
 def normalise(image: np.ndarray, rule: Rule, path: Path, together: bool = False) -> Normalised:
-    """What a rule makes of a finite image (C, *S), each channel by itself unless `together`.
-
-    Channels that want different numbers are stored normalised, as float32. Raises InputError naming the file where
-    a channel is constant.
-    """
+    """What a rule makes of a finite image (C, *S), each channel by itself unless `together`. Raises InputError naming
+    the file where a channel is constant."""
     if rule.kind == "none":
         return Normalised(image, {"rule": "none"})
-    groups = [image] if together else list(image)
-    found = [_one(values, rule, path) for values in groups]
-    said: dict[str, Any] = {name: [entry.said[name] for entry in found] for name in found[0].said}
-    said |= {"rule": str(rule)}
-    if all(entry.seen == found[0].seen for entry in found):
-        return Normalised(image, said, **found[0].seen)
-    return Normalised(np.stack([entry.applied() for entry in found]), said)
+    found = [_one(values, rule, path) for values in ([image] if together else image)]
+    said: dict[str, Any] = {name: [entries[name] for entries, _ in found] for name in found[0][0]}
+    return Normalised(image, said | {"rule": str(rule)}, Seen.of([numbers for _, numbers in found]))
 
 
-def _one(values: np.ndarray, rule: Rule, path: Path) -> Normalised:
+def _one(values: np.ndarray, rule: Rule, path: Path) -> tuple[dict[str, Any], tuple[float, float, float, float]]:
+    """What is said of a channel, or of all, and its scale, offset, low and high."""
     if rule.kind == "window":
-        scale, clip = 1 / (rule.high - rule.low), [rule.low, rule.high]
-        return Normalised(values, {"clip": clip}, scale, -rule.low * scale, rule.low, rule.high)
-    clipped, said, bounds = values, {}, {}
+        scale = 1 / (rule.high - rule.low)
+        return {"clip": [rule.low, rule.high]}, (scale, -rule.low * scale, rule.low, rule.high)
+    said, low, high = {}, -math.inf, math.inf
     if rule.kind == "percentile":
         # Voxels of the image, not values between two of them: the clip makes no levels that were not there.
         low, high = np.percentile(values, (rule.low, rule.high), method="nearest").tolist()
-        clipped, said = np.clip(values, low, high), {"clip": [float(low), float(high)]}
-        bounds = {"low": float(low), "high": float(high)}
-    mean, sd = float(clipped.mean(dtype=np.float64)), float(clipped.std(dtype=np.float64))
+        values, said = np.clip(values, low, high), {"clip": [float(low), float(high)]}
+    mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     if not sd > 0:
         raise InputError(f"{path}: every voxel is {mean:g}{_after(rule)}: leave it out, or take --normalise none")
-    return Normalised(values, {**said, "mean": mean, "sd": sd}, 1 / sd, -mean / sd, **bounds)
+    return {**said, "mean": mean, "sd": sd}, (1 / sd, -mean / sd, low, high)
 
 
 def _after(rule: Rule) -> str:

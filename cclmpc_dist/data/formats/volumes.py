@@ -78,7 +78,7 @@ def case(files: Files, image: Volume, extra: Mapping[str, object] | None = None)
     values = normalise(array, files.options.normalise or Rule("zscore"), image.path)
     meta = {"affine": image.affine.tolist(), "axes": geometry.axes(image), "normalisation": values.said}
     mask = classes.array if classes else None
-    return Case(files.key, values.image, mask, image.spacing, {**meta, **(extra or {})}, **values.seen)
+    return Case(files.key, values.image, mask, image.spacing, {**meta, **(extra or {})}, values.seen)
 
 
 def _classes(label: Volume | None, options: Options) -> Volume | None:
