@@ -147,7 +147,8 @@ def merge(out: Annotated[Path, typer.Argument(help="folder into which every part
     _sharded(out, room.merge(out).manifest)
 
 
-Shards = Annotated[str, typer.Argument(help="folder of shards, or its URL: http://, https:// or s3://")]
+SHARDS = "folder of shards, or its URL: http://, https:// or s3://"
+Shards = Annotated[str, typer.Argument(help=SHARDS)]
 CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="folder that keeps what a URL gives, as data.cache; unset: a temporary one"),
@@ -156,14 +157,23 @@ CacheGib = Annotated[float, typer.Option(min=0, help="size of --cache, as data.c
 
 
 @app.command()
-def verify(path: Shards, cache: CacheFolder = None, cache_gib: CacheGib = 32) -> None:
-    """Read every byte of a corpus and compare it with the index."""
+def verify(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=SHARDS)],
+    cache: CacheFolder = None,
+    cache_gib: CacheGib = 32,
+) -> None:
+    """Read every byte of a corpus and compare it with the index.
+
+    Of several, as a run with data.further has them, no patient or image may be in one's validation and another's
+    training cases.
+    """
     from cclmpc_dist.data import verify as room
 
-    problems = room.verify(path, cache, _bytes(cache_gib) if cache else 0)
+    problems = room.verify(*paths, cache=cache, limit=_bytes(cache_gib) if cache else 0)
     if problems:
         raise InputError("\n".join(problems))
-    print(f"{path}: every shard is as it was written")
+    for path in paths:
+        print(f"{path}: every shard is as it was written")
 
 
 @app.command()

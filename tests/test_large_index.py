@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from cclmpc_dist.benching import index as bench
+from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.merge import merge
+from cclmpc_dist.data.splits import Splits
 
 SAMPLES, A_SHARD = 100_000, 1000
 
@@ -51,6 +53,24 @@ def test_the_index_is_that_of_a_real_corpus(corpus: Path) -> None:
     assert (index["json_at"][shard] > ends).all()
     assert np.diff(index["image_at"][shard]).min() == 512 + 66048 + 512 + 512
     assert index.foreground(3)[0].tolist() == [[128, 128]]
+
+
+def test_verify_holds_no_object_a_sample(corpus: Path) -> None:
+    """16 bytes of hashes each, whoever is in which split."""
+    index, told = Index.open(corpus), 20_000
+    index.columns["split"] = (np.arange(SAMPLES) >= told - 100).astype(np.uint8)
+    tracemalloc.start()
+    try:
+        splits = Splits([index])
+        for row in range(told):
+            splits.patient(0, row, f"patient {row}")
+            splits.image(0, row, np.arange(row, row + 4, dtype="<f4"))
+        assert list(splits.problems()) == []
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 20 * SAMPLES
+    assert peak < 60 * SAMPLES
 
 
 @pytest.mark.slow

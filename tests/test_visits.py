@@ -131,12 +131,12 @@ def test_a_manifest_that_the_samples_contradict_is_a_line_too(tmp_path: Path) ->
 
 def test_a_cache_keeps_what_was_verified(served: tuple[Path, str], corpus: Index, tmp_path: Path) -> None:
     folder, url = served
-    assert verify(url, tmp_path / "cache", 1 << 30) == []
+    assert verify(url, cache=tmp_path / "cache", limit=1 << 30) == []
     before = len(asked_for(folder))
     index = stores.opened(url, tmp_path / "cache")
     assert stores.batches(index) == stores.batches(corpus)
     assert asked_for(folder)[before:] == [MANIFEST], "training finds the shards there"
-    assert verify(url, tmp_path / "cache", 1 << 30) == []
+    assert verify(url, cache=tmp_path / "cache", limit=1 << 30) == []
     assert asked_for(folder)[before:] == [MANIFEST] * 2
 
 

@@ -6,8 +6,10 @@ import json
 import tarfile
 import tokenize
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -17,30 +19,48 @@ from cclmpc_dist.data.columns import INDEX, UNCLIPPED
 from cclmpc_dist.data.index import DTYPES, VAL, Index, edited
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.remote import visited
+from cclmpc_dist.data.splits import Splits
 from cclmpc_dist.errors import InputError
 
 LOOKED_AT = 18  # volumes read for the summary, evenly taken
 BINS = 32  # of the intensity histogram, from the 1st to the 99th percentile
 
 
-def verify(path: str | Path, cache: Path | None = None, limit: int = 0) -> list[str]:
-    """Every problem of a corpus, a folder or a URL, one line each: empty when all is well. Reads every byte.
+def verify(*paths: str | Path, cache: Path | None = None, limit: int = 0) -> list[str]:
+    """Every problem of some corpora, folders or URLs, one line each: empty when all is well. Reads every byte.
 
     Of a URL one shard after another is fetched into `cache`, which holds up to `limit` bytes besides it, or into a
     temporary folder; what lies in the cache already is not fetched again.
 
-    The index must be the manifest's, and the manifest say what index and samples say; each shard must be there,
+    An index must be its manifest's, and the manifest say what index and samples say; each shard must be there,
     whole, and hash to what was written; its members must be where the index says, finite, of the shapes, types
-    and label range it says. No patient and no image may be in both splits.
+    and label range it says. No patient and no image may be in both splits, in those of two corpora neither; there a
+    patient counts that the source names, and not one that is but its case.
     """
-    try:
-        with visited(str(path), cache, limit, check=False) as index:
-            return list(dict.fromkeys(_problems(index)))
-    except InputError as error:
-        return [str(error)]
+    problems, indexes = [], []
+    with ExitStack() as stack:
+        for path in paths:
+            try:
+                indexes.append(stack.enter_context(visited(str(path), cache, limit, check=False)))
+            except InputError as error:
+                problems.append(str(error))
+        splits = Splits(indexes)
+        for corpus, index in enumerate(indexes):
+            problems += _problems(index, _Told(splits, corpus))
+        problems += splits.problems()
+    return list(dict.fromkeys(problems))
 
 
-def _problems(index: Index) -> Iterator[str]:
+@dataclass
+class _Told:
+    """What concerns more than the sample."""
+
+    splits: Splits
+    corpus: int
+    cropped: set[bool] = field(default_factory=set)
+
+
+def _problems(index: Index, told: _Told) -> Iterator[str]:
     """One line a problem; that of a shard which cannot be opened may come twice."""
     problems = index.problems()
     yield from problems
@@ -48,11 +68,10 @@ def _problems(index: Index) -> Iterator[str]:
     if unsound or (problems and INDEX in problems[0]):
         yield from [] if problems else [unsound]
         return
-    told = _Told()
-    for number in range(len(index.manifest["shards"])):
+    for number, rows in enumerate(_by_shard(index)):
         try:
             with index.open_shard(number) as file:
-                yield from _shard(index, number, file, told)
+                yield from _shard(index, number, rows, file, told)
         except InputError as error:
             yield str(error)
     said = index.manifest["cropped_by_label"]
@@ -60,22 +79,19 @@ def _problems(index: Index) -> Iterator[str]:
         yield edited(index.path, "cropped_by_label", said, any(told.cropped))
 
 
-@dataclass
-class _Told:
-    """What concerns more than the sample: patients by name and images by hash, with split and case."""
-
-    cropped: set[bool] = field(default_factory=set)
-    patients: dict[str, tuple[int, str]] = field(default_factory=dict)
-    images: dict[bytes, tuple[int, str]] = field(default_factory=dict)
+def _by_shard(index: Index) -> Iterator[np.ndarray]:
+    """The rows of each shard, ascending."""
+    order = np.argsort(index["shard"], kind="stable").astype(np.int32)
+    stops = np.cumsum(np.bincount(index["shard"], minlength=len(index.manifest["shards"])))
+    return (order[start:stop] for start, stop in pairwise([0, *stops.tolist()]))
 
 
-def _shard(index: Index, number: int, file: BinaryIO, told: _Told) -> Iterator[str]:
+def _shard(index: Index, number: int, rows: np.ndarray, file: BinaryIO, told: _Told) -> Iterator[str]:
     """Problems of one shard; what concerns other samples too is added to `told`."""
     name = index.shard_name(number)
     digest = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
     if digest != index.manifest["shards"][number]["sha256"]:
         yield f"{name}: its bytes are not those that were written (sha256): copy it again or shard again"
-    rows = np.flatnonzero(index["shard"] == number)
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -103,7 +119,8 @@ def _sample(index: Index, row: int, file: BinaryIO, found: dict[str, tuple[int, 
         elif part == "image":
             image = _array(file, place, index.compress)
             yield from _image(image, shape, DTYPES[index["dtype"][row]])
-            yield from _twice(image, index, row, told)
+            if image is not None:
+                told.splits.image(told.corpus, row, image)
         elif part == "label":
             yield from _label(_array(file, place, index.compress), shape[1:], index.classes)
         else:
@@ -135,16 +152,13 @@ def _json(data: bytes, index: Index, row: int, told: _Told) -> Iterator[str]:
         meta = json.loads(data)
         said = {name: meta[name] for name in held}
         told.cropped.add(meta["cropped_by_label"])
-        patient = meta["patient"]
-        split, other = told.patients.setdefault(patient, (int(index["split"][row]), index.key(row)))
+        told.splits.patient(told.corpus, row, str(meta["patient"]))
     except (ValueError, KeyError, TypeError):
         yield "its JSON cannot be read: copy the shard again"
         return
     for name, value in held.items():
         if said[name] != value:
             yield f"its JSON says {name} = {json.dumps(said[name])}, the index {json.dumps(value)}: shard again"
-    if split != index["split"][row]:
-        yield f"its patient {patient} is in the other split too (case {other}): shard again with another --val-last"
 
 
 def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[str]:
@@ -154,16 +168,6 @@ def _image(image: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) ->
         yield f"its image is {image.dtype} {image.shape}, the index says {dtype} {shape}: shard again"
     elif not np.isfinite(image).all():
         yield "its image holds NaN or infinity: repair the source and shard again"
-
-
-def _twice(image: np.ndarray | None, index: Index, row: int, told: _Told) -> Iterator[str]:
-    """Says if the same image is in the other split; empty ones are alike without being the same."""
-    if image is None or image.dtype not in DTYPES or not image.size or image.min() == image.max():
-        return
-    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
-    split, other = told.images.setdefault(digest, (int(index["split"][row]), index.key(row)))
-    if split != index["split"][row]:
-        yield f"its image is that of case {other} in the other split: leave one of them out and shard again"
 
 
 def _label(label: np.ndarray | None, shape: tuple[int, ...], classes: int) -> Iterator[str]:
