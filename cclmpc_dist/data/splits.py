@@ -22,7 +22,7 @@ class Splits:
         self.first = np.cumsum([0, *map(len, indexes)])
         self.split = np.concatenate([np.empty(0, np.uint8), *(index["split"] for index in indexes)])
         if len(np.unique(self.split)) < 2:
-            self.split = self.split[:0]
+            self.split = np.empty(0, np.uint8)
         self.images, self.patients = np.zeros(self.split.shape, np.uint64), np.zeros(self.split.shape, np.uint64)
 
     def image(self, corpus: int, row: int, image: np.ndarray) -> None:
