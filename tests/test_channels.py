@@ -57,7 +57,7 @@ def test_channels_of_a_nifti_are_stored_as_they_are(tmp_path: Path, form: str, r
     images = []
     for number in range(3):
         pair = [inputs.volume(number), np.random.default_rng(number).integers(40, 90, inputs.SHAPE).astype(np.int16)]
-        pair = [0.25 * pair[0], 0.7 * pair[1] + 0.1] if form == "steps" else pair
+        pair = [0.25 * pair[0], np.sqrt(2) * pair[1] + 0.1] if form == "steps" else pair
         images.append(np.stack(pair))
         if form == "axis":
             inputs.nifti(tmp_path / f"in/c{number}.nii", np.stack(pair, axis=-1))
