@@ -10,6 +10,8 @@ import pytest
 import torch
 import toy
 import yaml
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from cclmpc_dist.config import parse
 from cclmpc_dist.errors import InputError
@@ -87,6 +89,28 @@ def test_memory_that_ran_out_is_one_line_with_what_to_do(
     assert "take model.recompute=[1,2,4,8,16], or in a new run precision=bf16" in said
     assert "profile.memory=true shows what holds it" in said
     assert "/s.pickle shows what held it" in str(profiling.exhausted(torch.OutOfMemoryError(OOM), Path("/s.pickle")))
+
+
+def test_a_gpus_kernel_counts_once_and_a_part_keeps_the_hosts_time() -> None:
+    """torch gives a kernel's time with the operator that launched it and again by itself, a label's on both devices."""
+    gpu: dict[str, Any] = {"use_device": "cuda", "thread": 0, "stack": []}
+    forward = FunctionEvent(id=1, name="forward", start_us=0, end_us=8000, is_user_annotation=True, **gpu)
+    product = FunctionEvent(id=2, name="aten::mm", start_us=0, end_us=10, **gpu)
+    product.append_kernel("gemm", 0, 3000)
+    fill = FunctionEvent(id=3, name="aten::fill_", start_us=20, end_us=30, **gpu)
+    fill.append_kernel("fill", 0, 1000)
+    there = gpu | {"device_type": DeviceType.CUDA}
+    kernels = [FunctionEvent(id=4, name="gemm", start_us=0, end_us=3000, **there),
+               FunctionEvent(id=5, name="fill", start_us=3000, end_us=4000, **there),
+               FunctionEvent(id=6, name="forward", start_us=0, end_us=4000, is_user_annotation=True, **there)]  # fmt: skip
+    recorded = EventList([forward, product, fill, *kernels], use_device="cuda")
+    recorded._tree_built = True
+    parts, _, *rows = profiling.table(recorded.key_averages(), 1, cuda=True, memory=False)
+    assert parts.endswith(": forward 8.0")
+    assert [row.split() for row in rows] == [
+        ["aten::mm", "1.0", "3.00", "75.0%"],
+        ["aten::fill_", "1.0", "1.00", "25.0%"],
+    ]
 
 
 @pytest.mark.slow

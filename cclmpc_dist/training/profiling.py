@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from cclmpc_dist.config import Profile
@@ -107,6 +108,7 @@ def table(averages: Any, steps: int, cuda: bool, memory: bool) -> list[str]:
     averages: what key_averages of a profile gives. On a GPU the operators' time is the GPU's. With memory also the MiB
     that an operator allocates less those it frees, on the device that trains.
     """
+    averages = [entry for entry in averages if entry.device_type == DeviceType.CPU]  # a kernel comes by itself too
     named = {entry.key: entry for entry in averages}
     parts = [f"{name} {named[name].cpu_time_total / steps / 1000:.1f}" for name in PARTS if name in named]
     operators = [entry for entry in averages if entry.key not in PARTS and not entry.key.startswith("ProfilerStep")]
