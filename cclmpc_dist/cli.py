@@ -351,6 +351,12 @@ def main() -> None:
     except LostRanks as error:
         print(f"cclmpc: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("cclmpc_dist"):
+            raise
+        print(f"cclmpc: the package {error.name} is not installed: install cclmpc_dist with pip, or that package beside "
+              "it", file=sys.stderr, flush=True)  # fmt: skip
+        sys.exit(BAD_INPUT)
     except OSError as error:
         if error.filename is None:
             raise

@@ -55,6 +55,16 @@ def write(folder: Path, raw: dict) -> Path:
     return path
 
 
+def test_a_package_that_is_not_there_is_one_line(
+    inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "webdataset", None)  # as Python sees one that it cannot find
+    code, printed = inside("shard", "2", "--format", "phantom", "--out", tmp_path / "new", "--workers", "1")
+    assert code == 2
+    assert printed.startswith("cclmpc: the package webdataset is not installed: install ")
+    assert printed.count("\n") == 1
+
+
 def test_version(inside: Inside) -> None:
     assert inside("--version") == (0, f"cclmpc_dist {cclmpc_dist.__version__}\n")
 
