@@ -43,6 +43,13 @@ def lines(said: str) -> dict[str, str]:
     return {check: f"{state} {rest.strip()}" for state, (check, _, rest) in split}
 
 
+def test_a_package_that_is_not_installed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "PACKAGES", ("torch", "no-such-package"))
+    (found,) = checks.versions()
+    assert found.state == "warning"
+    assert found.text.endswith(f"torch {torch.__version__}, no-such-package not installed")
+
+
 def test_alone_it_looks_at_everything_and_leaves_nothing(tmp_path: Path) -> None:
     code, said = toy.finish(toy.launch(1, "doctor", "--folder", str(tmp_path / "runs")))
     found = lines(said)

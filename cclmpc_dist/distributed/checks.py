@@ -65,8 +65,18 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> list[Finding]:
-    told = [f"python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in PACKAGES)]
-    return [Finding("versions", ", ".join(told))]
+    found = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    told = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
+    if all(found.values()):
+        return [Finding("versions", told)]
+    return [Finding("versions", told, "warning", "what needs it will say so: install the package with pip")]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def gpus(device: torch.device) -> list[Finding]:
