@@ -90,8 +90,9 @@ class TimedTrainer(Trainer):
                 self.clock.enter(COLLECTIVES, at=ready[0])
             self._enter("optimiser")
 
-        for parameter in (one for one in self.module.parameters() if one.requires_grad):
-            parameter.register_post_accumulate_grad_hook(note)
+        if self.world > 1:
+            for parameter in (one for one in self.module.parameters() if one.requires_grad):
+                parameter.register_post_accumulate_grad_hook(note)
         self.accelerator.backward = timed
 
     def _enter(self, name: str) -> None:
