@@ -116,8 +116,8 @@ def _fake(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     [
         (lambda x: x[x > 0], DynamicOutputShapeException),
         (lambda x: x.nonzero(), DynamicOutputShapeException),
-        (lambda x: x + torch.ones(3), "at least two devices"),
-        (lambda x: x.gather(0, torch.zeros(3, dtype=torch.int64)), "at least two devices"),
+        (lambda x: x + torch.ones(3), "two (different )?devices"),
+        (lambda x: x.gather(0, torch.zeros(3, dtype=torch.int64)), "two (different )?devices"),
     ],
 )
 def test_a_wait_or_a_mixture_of_devices_is_refused(
