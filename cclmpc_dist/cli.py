@@ -354,8 +354,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("cclmpc_dist"):
             raise
-        print(f"cclmpc: the package {error.name} is not installed: install cclmpc_dist with pip, or that package beside "
-              "it", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"cclmpc: the package {error.name} is not installed: install cclmpc_dist with pip, or that package alone",
+              file=sys.stderr, flush=True)  # fmt: skip
         sys.exit(BAD_INPUT)
     except OSError as error:
         if error.filename is None:

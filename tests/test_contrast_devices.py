@@ -87,7 +87,9 @@ def test_collectives_of_the_backend(world: int, device: str) -> None:
     everything = torch.arange(4.0 * world).view(world, 2, 2)
     weight = sum(range(1, world + 1))  # every rank's loss counts rank + 1 times
     merged = everything.logsumexp(0)
-    for rank, got in enumerate(run_ranks(collectives, world, device, backend="nccl" if device == "cuda" else "gloo")):
+    for rank, got in enumerate(
+        run_ranks(collectives, world, device, backend="nccl" if device == "cuda" else "gloo", timeout=180)
+    ):
         expected = {
             "gather": everything.flatten(0, 1),
             "gather gradient": torch.full((2, 2), float(weight)),

@@ -123,7 +123,7 @@ def test_ranks_equal_one_process(world: int, size: int) -> None:
 def test_gpus_equal_one_process(world: int, size: int) -> None:
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} CUDA devices")
-    _equal(world, size, run_ranks(many, world, size, "cuda", backend="nccl"))
+    _equal(world, size, run_ranks(many, world, size, "cuda", backend="nccl", timeout=180))
 
 
 def _equal(world: int, size: int, ranks: list[dict[str, Results]]) -> None:

@@ -99,10 +99,12 @@ def test_a_gpus_kernel_counts_once_and_a_part_keeps_the_hosts_time() -> None:
     product.append_kernel("gemm", 0, 3000)
     fill = FunctionEvent(id=3, name="aten::fill_", start_us=20, end_us=30, **gpu)
     fill.append_kernel("fill", 0, 1000)
-    there = gpu | {"device_type": DeviceType.CUDA}
-    kernels = [FunctionEvent(id=4, name="gemm", start_us=0, end_us=3000, **there),
-               FunctionEvent(id=5, name="fill", start_us=3000, end_us=4000, **there),
-               FunctionEvent(id=6, name="forward", start_us=0, end_us=4000, is_user_annotation=True, **there)]  # fmt: skip
+    there = gpu | {"device_type": DeviceType.CUDA, "start_us": 0}
+    kernels = [
+        FunctionEvent(id=4, name="gemm", end_us=3000, **there),
+        FunctionEvent(id=5, name="fill", end_us=1000, **there),
+        FunctionEvent(id=6, name="forward", end_us=4000, is_user_annotation=True, **there),
+    ]
     recorded = EventList([forward, product, fill, *kernels], use_device="cuda")
     recorded._tree_built = True
     parts, _, *rows = profiling.table(recorded.key_averages(), 1, cuda=True, memory=False)

@@ -268,8 +268,9 @@ def test_a_grace_period_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_gpu_trains_in_mixed_precision(precision: str, toy_corpus: Path, tmp_path: Path) -> None:
+    """Under DDP and NCCL, which one GPU is enough for."""
     raw = toy.settings(toy_corpus, tmp_path, precision=precision, ema=0.5, budget__images=120)
-    (averaged,) = run_ranks(train_quietly, 1, raw)
+    (averaged,) = run_ranks(train_quietly, 1, raw, backend="nccl", timeout=180)
     assert all(torch.isfinite(value).all() for value in averaged.values())
 
 

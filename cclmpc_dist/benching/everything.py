@@ -25,7 +25,7 @@ from cclmpc_dist.training.monitor import duration
 from cclmpc_dist.training.run import environment
 
 SCRIPTS = Path("benchmarks")  # in a checkout, from its root
-LONG = "evaluate_la, recompute, served, strategies, methods, la_step"
+LONG = "gpu, gpu_step, evaluate_la, recompute, served, strategies, methods, la_step"
 PHANTOMS = 16
 STEPS, ROUNDS = 6, 2  # of step and of scale, so that all of it takes minutes
 
