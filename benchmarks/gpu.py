@@ -43,6 +43,7 @@ def commands(config: str, settings: list[str], out: Path, small: bool) -> dict[s
         "contrast_tf32": [*contrast, *sizes, "--tf32"],
         "contrast_large": [*contrast, *sizes, *large],
         "step": ["-m", "cclmpc_dist", "bench", "step", config, *settings, f"--steps={steps}"],
+        "compiled": ["benchmarks/gpu_step.py", config, *settings, "--variant=ours, bf16, torch.compile", "--largest=1"],
         "train": ["-m", "cclmpc_dist", "train", config, *settings, f"name={RUN}", f"runs={out}", f"log_every={lines}"],
         "eval": ["-m", "cclmpc_dist", "eval", str(out / RUN)],
     }

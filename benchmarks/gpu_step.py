@@ -47,7 +47,8 @@ from cclmpc_dist.records import repeated
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 
-OURS, UAMT, TEACHER = "ours, bf16", "UA-MT, float32 strict", "mean teacher, float32 strict"
+OURS, COMPILED = "ours, bf16", "ours, bf16, torch.compile"
+UAMT, TEACHER = "UA-MT, float32 strict", "mean teacher, float32 strict"
 VARIANTS: dict[str, tuple[list[str], dict[str, bool]]] = {  # name -> settings, torch.backends.cudnn's
     OURS: (["precision=bf16"], {}),
     "ours, bf16, cudnn.benchmark": (["precision=bf16"], {"benchmark": True}),
@@ -58,6 +59,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, bool]]] = {  # name -> settings, 
     "UA-MT, float32 as TF32": (["precision=fp32", "channels_last=false"], {}),
     TEACHER: (["precision=fp32", "channels_last=false"], {"allow_tf32": False}),
     "mean teacher, float32 as TF32": (["precision=fp32", "channels_last=false"], {}),
+    COMPILED: (["precision=bf16"], {}),
 }
 WARMUP, BLOCK = 5, 5  # steps
 ROUNDS = 20  # products and copies that the rates are of
@@ -138,14 +140,24 @@ def trained(config: Config) -> Trained:
 
 
 def timed(config: Config, variant: str, blocks: int) -> dict[str, Any]:
-    """Seconds of a step in each block, after warming up; peak memory of the process."""
+    """Seconds of the first step, and of a step in each block after warming up; peak memory of the process."""
     trainer = trained(config)
+    if variant == COMPILED:
+        compile_stages(trainer.module)
     passes = {UAMT.split(",")[0]: PASSES, TEACHER.split(",")[0]: 0}.get(variant.split(",")[0])
     take = trainer.take if passes is None else UaMt(trainer, passes).take
+    first = seconds(take, 1, trainer.device)
     for _ in range(WARMUP):
         take()
     spent = [seconds(take, BLOCK, trainer.device) for _ in range(blocks)]
-    return {"seconds": spent, "memory": memory_mib(trainer.device)}
+    return {"seconds": spent, "first": first, "memory": memory_mib(trainer.device)}
+
+
+def compile_stages(module: Any) -> None:
+    """Each stage of the network by itself: what lies between them is Python's."""
+    torch._dynamo.config.recompile_limit = 64  # of all stages together
+    for stage in (*module.encoder.blocks, *module.encoder.downs, module.conv, module.swin):
+        stage.compile()
 
 
 def seconds(call: Step, times: int, device: torch.device) -> float:
@@ -262,7 +274,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[list[Record]]:
     yield [record("work", OURS, name, did[name], unit) for name, unit in WORK.items() if did]
     floors = floor(did, rate) if did and rate else {}
     yield [record("floor", kind, "seconds", value, "s") for kind, value in floors.items()]
-    for variant in arguments.variant or VARIANTS:
+    for variant in arguments.variant or [name for name in VARIANTS if name != COMPILED]:
         found = alone(path, overrides, "timed", variant=variant, times=1, blocks=arguments.blocks)
         yield timing(f"{config.name}, {images} images", variant, images, found, floors)
     found = alone(path, overrides, "kernels", steps=BLOCK)
@@ -294,6 +306,7 @@ def timing(case: str, variant: str, images: int, found: dict[str, Any], floors: 
         {"bench": "gpu_step", "case": case, "variant": variant, "metric": "seconds", "unit": "s"}
         | repeated(found["seconds"]),
         record(case, variant, "images_per_second", images / middle, "images/s"),
+        record(case, variant, "first", found["first"], "s"),
         record(case, variant, "memory", found["memory"], "MiB"),
     ]
     kind = next((kind for kind in KINDS if kind in variant), "")
@@ -321,7 +334,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="settings, as in data.path=FOLDER")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="unset: all")
+    parser.add_argument(
+        "--variant", action="append", choices=VARIANTS, help="unset: all but torch.compile's, which takes minutes"
+    )
     parser.add_argument("--blocks", type=int, default=8, help=f"of {BLOCK} steps, of each variant")
     parser.add_argument("--largest", type=int, default=64, help="most times the configuration's images")
     parser.add_argument("--edge", type=int, default=8192, help="of the matrices that are multiplied")
