@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -391,6 +392,28 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.elements = max(self.elements, x.numel())
         return out
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators: on a GPU each is a launch."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_tiles_are_large_where_launches_cost(case, monkeypatch):
+    monkeypatch.setattr(torch.amp, "autocast", lambda *_, **__: nullcontext())  # knows no "meta"
+    inputs, number = bench._inputs(case, 512, 16384, 4, 2), {}
+    for device in ("cpu", "meta"):
+        moved = {name: x.detach().to(device).requires_grad_(x.requires_grad) for name, x in inputs.items()}
+        with Calls() as calls:
+            bench._step(case, "keys", 256, moved)
+        number[device] = calls.number
+    assert 5 * number["meta"] < number["cpu"]
 
 
 @pytest.mark.parametrize("exchange", ["keys", "anchors"])

@@ -67,6 +67,11 @@ class _Tile(NamedTuple):
     label: Tensor | None
 
 
+def _fitting(tile: int, anchors_NF: Tensor) -> int:
+    """Keys of a tile. A GPU pays for every launch, and no cache wants small tiles: there one fills the buffer."""
+    return tile if anchors_NF.device.type == "cpu" else max(tile, LOGITS // max(1, len(anchors_NF)))
+
+
 def _tiles(keys: Sequence[Tensor], masks: list[tuple[Tensor | None, Tensor | None]], tile: int) -> list[_Tile]:
     def part(x: Tensor | None, at: slice) -> Tensor | None:
         return None if x is None else x[at]
@@ -301,7 +306,7 @@ def lse(
     any key has -inf, and gets and gives gradient 0. Kept for backward: N·F numbers; at work besides: 2 N·F and
     LOGITS.
     """
-    masks = [(block.valid, block.label) for block in blocks]
+    masks, tile = [(block.valid, block.label) for block in blocks], _fitting(tile, anchors)
     return _LSE.apply(anchors, anchor_label, masks, temperature, tile, *(block.keys for block in blocks))
 
 
@@ -317,13 +322,13 @@ def softplus_lse(
 
     Where keys need a gradient every pair is visited once: forward collects all gradients, N·F and M·F numbers that
     wait for one backward pass, and works with N·F and rows_kept(N, M)·M besides. With more keys than leave room for
-    that, and where keys need none, as `lse`. Away from the CPU, whose cache a tile is to fit, all keys are one tile.
+    that, and where keys need none, as `lse`.
     """
     kept = block.keys.requires_grad and torch.is_grad_enabled() and rows_kept(len(anchors), len(block.keys))
     if not kept:
         return softplus(lse(anchors, [block], temperature, tile, anchor_label) - positive).sum()
     mask = block.valid, block.label
-    tile = tile if anchors.device.type == "cpu" else len(block.keys)
+    tile = _fitting(tile, anchors[:ROWS])
     return _SoftplusLSE.apply(anchors, positive, anchor_label, mask, temperature, tile, block.keys)
 
 
@@ -341,5 +346,5 @@ def positives(
     where a block has labels. Differentiable in anchors, lse and keys; lse may be -inf, whose softplus and gradient
     are 0. Kept for backward: N·F numbers; at work besides: 2 N·F and 2 LOGITS.
     """
-    masks = [(block.valid, block.label) for block in blocks]
+    masks, tile = [(block.valid, block.label) for block in blocks], _fitting(tile, anchors)
     return _Positives.apply(anchors, lse, anchor_label, masks, temperature, tile, *(block.keys for block in blocks))
