@@ -32,7 +32,7 @@ from cclmpc_dist.benching.alone import memory
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.data.loader import Mixture, Stream, to_device
 from cclmpc_dist.distributed.runtime import keep_memory
 from cclmpc_dist.losses import certainty, sampling
 from cclmpc_dist.methods.method import Corpus
@@ -139,7 +139,7 @@ def step_of(config: Config, variant: str) -> Callable[[], tuple[float, float]]:
     batch = {}
     for name, size in sizes.items():
         stream = Stream(index, name, cases[name], size, config.seed, config.data.patch, with_label=name == "labelled")
-        batch[name] = to_device(next(iter(loader(stream, 0, 1, 0, 1, 0))), "cpu")
+        batch[name] = to_device(Mixture([stream]).batch(0, range(size)), "cpu")
     plain = variant in PLAINS
     model = PlainPasses(module, whole=variant == WHOLE) if plain else module
     options: dict[str, Any] = {"lr": 1e-5, "weight_decay": 1e-4, "foreach": not plain}

@@ -32,7 +32,7 @@ from cclmpc_dist.data import ahead, shards  # noqa: E402
 from cclmpc_dist.data.case import Case  # noqa: E402
 from cclmpc_dist.data.draws import philox  # noqa: E402
 from cclmpc_dist.data.index import Index  # noqa: E402
-from cclmpc_dist.data.loader import Stream, loader  # noqa: E402
+from cclmpc_dist.data.loader import Mixture, Stream, loader  # noqa: E402
 from cclmpc_dist.errors import InputError  # noqa: E402
 from cclmpc_dist.training.run import environment  # noqa: E402
 
@@ -71,24 +71,24 @@ def number_of(image: np.ndarray) -> int:
     return -1
 
 
-def stream(index: Index) -> Stream:
+def stream(index: Index) -> Mixture:
     patch = [int(PATCH * side) for side in index["shape"][0, 1:]]
     rows = np.arange(len(index))
-    return Stream(index, "labelled", rows, stores.BATCH, 7, patch, block=stores.BLOCK, with_label=True)
+    return Mixture([Stream(index, "labelled", rows, stores.BATCH, 7, patch, block=stores.BLOCK, with_label=True)])
 
 
 def rank(url: str, cache: str, limit: str, number: str) -> None:
     """One of the two ranks: a line of JSON with seconds of the system's clock and the cases of each step."""
     data = stream(stores.opened(url, Path(cache), int(limit)))
     begin, seen = time.monotonic(), []
-    for batch in loader(data, 0, EPOCHS * data.order.steps, int(number), RANKS, workers=0):
+    for batch in loader(data, 0, EPOCHS * data.steps, int(number), RANKS, workers=0):
         seen.append([number_of(image) for image in batch["image"].numpy()])
     print(json.dumps({"begin": begin, "end": time.monotonic(), "seen": seen}))
 
 
 def expected(index: Index, number: int) -> list[list[int]]:
     """What a rank must be given, by the order."""
-    order = stream(index).order
+    order = stream(index).parts[0].order
     width = order.batch_size // RANKS
     lanes = range(number * width, (number + 1) * width)
     rows = [order.batch(step, lanes)[0] for step in range(EPOCHS * order.steps)]

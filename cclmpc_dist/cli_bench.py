@@ -28,7 +28,9 @@ def bench_loader(
     rivals: Annotated[
         str, typer.Option(help="what the loader is measured beside; blosc2 needs the extra `bench`")
     ] = "gzip_h5,webdataset,blosc2",
-    workers: Annotated[str, typer.Option(help="numbers of loader processes")] = "0,1,2",
+    workers: Annotated[
+        str, typer.Option(help="numbers of workers: processes, and threads of this project's loader")
+    ] = "0,1,2",
     cases: Annotated[int, typer.Option(min=1, help="volumes, the first ones")] = 24,
     seconds: Annotated[float, typer.Option(min=0.01, help="least time of a measurement")] = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 3,
@@ -38,10 +40,10 @@ def bench_loader(
 
     Files are written to the folder for temporary files (TMPDIR), which should lie on a disk.
     """
-    from cclmpc_dist.data.bench import bench_loader as measure
+    from cclmpc_dist.benching.loader import bench_loader as measure
 
     if not all(part.isdecimal() for part in workers.split(",")):
-        raise InputError(f"--workers {workers}: write numbers of processes with commas between, as in 0,1,2")
+        raise InputError(f"--workers {workers}: write numbers of workers with commas between, as in 0,1,2")
     counts = sorted({int(part) for part in workers.split(",")})
     records = measure(la, list_file, rivals=rivals.split(","), workers=counts, cases=cases, seconds=seconds,
                       repeats=repeats)  # fmt: skip
@@ -56,7 +58,7 @@ def bench_store(
     out: Out = None,
 ) -> None:
     """MB a second of a URL's shards into the cache, and of curl."""
-    from cclmpc_dist.data.bench_store import bench_store as measure
+    from cclmpc_dist.benching.store import bench_store as measure
 
     _record(measure(url, cache, repeats=repeats), out)
 

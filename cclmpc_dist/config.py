@@ -62,7 +62,7 @@ class Data(Settings):
     rotate: bool = Field(True, description="random quarter turns in the first two axes")
     flip: tuple[NonNegativeInt, ...] = Field((0, 1), description="axes flipped at random")
     workers: NonNegativeInt = Field(
-        0, description="loader processes a rank; 0 reads between steps, which is faster for shards on a local disk"
+        0, description="threads a stream and rank that read batches ahead; 0 reads between steps"
     )
     block: PositiveInt = Field(16, description="shards shuffled together; a rank reads about this many at once")
     on_error: Literal["fail", "skip"] = Field("fail", description="an unreadable sample stops the run, or is replaced "

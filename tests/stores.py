@@ -19,7 +19,7 @@ import numpy as np
 
 from cclmpc_dist.config import Data
 from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import Stream, loader
+from cclmpc_dist.data.loader import Mixture, Stream, loader
 from cclmpc_dist.data.remote import GIB, open_corpus
 
 os.environ["no_proxy"] = "127.0.0.1,localhost"
@@ -90,9 +90,9 @@ def opened(path: str | Path, cache: Path | None = None, size: int = GIB) -> Inde
     return open_corpus(Data(path=str(path), patch=PATCH, cache=cache and str(cache), cache_gib=size / GIB))
 
 
-def stream(index: Index, **options: object) -> Stream:
+def stream(index: Index, **options: object) -> Mixture:
     defaults = {"block": BLOCK, "with_label": True}
-    return Stream(index, "labelled", np.arange(len(index)), BATCH, 7, PATCH, **(defaults | options))
+    return Mixture([Stream(index, "labelled", np.arange(len(index)), BATCH, 7, PATCH, **(defaults | options))])
 
 
 def digest(batch: dict) -> str:
@@ -103,7 +103,7 @@ def digest(batch: dict) -> str:
 def batches(index: Index, epochs: int = 2, rank: int = 0, world: int = 1, **options: object) -> list[str]:
     """The digest of each batch."""
     data = stream(index, **options)
-    return [digest(batch) for batch in loader(data, 0, epochs * data.order.steps, rank, world, workers=0)]
+    return [digest(batch) for batch in loader(data, 0, epochs * data.steps, rank, world, workers=0)]
 
 
 def reader(url: str, cache: Path, size: int, rank: int = 0, world: int = 1, epochs: int = 2) -> subprocess.Popen[str]:
@@ -129,7 +129,7 @@ def held(cache: Path) -> int:
 def main() -> None:
     path, cache, size, rank, world, epochs = sys.argv[1:]
     data = stream(opened(path, Path(cache), int(size)))
-    for batch in loader(data, 0, int(epochs) * data.order.steps, int(rank), int(world), workers=0):
+    for batch in loader(data, 0, int(epochs) * data.steps, int(rank), int(world), workers=0):
         print(digest(batch), private_mib(), flush=True)
 
 

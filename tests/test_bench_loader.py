@@ -11,11 +11,11 @@ import pytest
 import torch
 from corpora import numbered
 
+from cclmpc_dist.benching import loader as bench
 from cclmpc_dist.benching import pictures, tables
-from cclmpc_dist.data import bench
-from cclmpc_dist.data.bench_clock import Gate, Usage, forget, remember
-from cclmpc_dist.data.bench_files import blosc2, partitions, write_blosc2, write_h5
-from cclmpc_dist.data.bench_sides import Blosc2, cut, drawn, h5_crop
+from cclmpc_dist.benching.loader_clock import Gate, Usage, forget, remember
+from cclmpc_dist.benching.loader_files import blosc2, partitions, write_blosc2, write_h5
+from cclmpc_dist.benching.loader_sides import Blosc2, cut, drawn, h5_crop
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.training.run import environment
 

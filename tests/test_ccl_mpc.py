@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cclmpc_dist.config import CCLMPC as Own
 from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Stream, to_device
+from cclmpc_dist.data.loader import Mixture, Stream, to_device
 from cclmpc_dist.data.views import views
 from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
@@ -39,7 +39,7 @@ class Scene:
         self.batch = {}
         for name in ("labelled", "unlabelled"):
             stream = Stream(index, name, cases[name], 2, 0, config.data.patch, with_label=name == "labelled")
-            part = to_device(stream.batch(0, range(2)), "cpu")
+            part = to_device(Mixture([stream]).batch(0, range(2)), "cpu")
             self.batch[name] = part | {"image": part["image"].double()}
 
     def terms(self, step: int = 5) -> dict[str, Tensor]:

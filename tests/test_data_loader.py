@@ -1,10 +1,9 @@
 """Batches: the same at any world size, any number of workers and after any restart; crops against a plain oracle."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from corpora import numbered, write
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.data.loader import AHEAD, Mixture, Stream, loader, to_device
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.errors import InputError
@@ -30,15 +29,17 @@ def corpus(tmp_path_factory):
 
 def stream(index, rows=None, patch=PATCH, batch=4, seed=3, **options):
     rows = np.arange(len(index)) if rows is None else np.array(rows)
-    return Stream(index, "labelled", rows, batch, seed, patch, **({"with_label": True, "block": 2} | options))
+    part = Stream(index, "labelled", rows, batch, seed, patch, **({"with_label": True, "block": 2} | options))
+    return Mixture([part])
 
 
 def drawn(data, step, lane):
     """Index row and crop of one lane, where no sample is passed over."""
-    epoch, t = data.order.place(step)
-    row, p = data.order.lane(epoch, t, lane)
-    key = draws.key(data.seed, data.name, epoch, p)
-    return row, data._crop(row, data._numbers(torch.tensor([key]))[0])
+    (part,) = data.parts
+    epoch, t = part.order.place(step)
+    row, p = part.order.lane(epoch, t, lane)
+    key = draws.key(part.seed, part.name, epoch, p)
+    return row, part._crop(row, part._numbers(torch.tensor([key]))[0])
 
 
 def same(a, b):
@@ -171,8 +172,8 @@ def test_a_stream_without_labels_may_not_use_them(corpus):
 def test_keys_are_those_of_seed_stream_epoch_and_position(corpus):
     data = stream(corpus)
     epoch, t = 2, 1
-    batch = data.batch(epoch * data.order.steps + t, [1, 3])
-    expected = [draws.key(3, "labelled", epoch, lane * data.order.steps + t) for lane in (1, 3)]
+    batch = data.batch(epoch * data.steps + t, [1, 3])
+    expected = [draws.key(3, "labelled", epoch, lane * data.steps + t) for lane in (1, 3)]
     assert batch["key"].tolist() == expected
     assert batch["lane"].tolist() == [1, 3]
     assert batch["skipped"] == 0
@@ -190,70 +191,61 @@ def test_a_restart_at_another_world_size_goes_on(corpus):
     whole = list(loader(stream(corpus), 0, 12, workers=0))
     first = stream(corpus)
     done = [joined([first.batch(step, rank_lanes(4, rank, 2)) for rank in range(2)]) for step in range(5)]
-    state = first.order.state(5)
+    state = first.parts[0].order.state(5)
     second = stream(Index.open(corpus.path))
-    start = second.order.position(state)
+    start = second.parts[0].order.position(state)
     ranks = [list(loader(second, start, 7, rank, 4, workers=0)) for rank in range(4)]
     rest = [joined(parts) for parts in zip(*ranks, strict=True)]
     for found, expected in zip(done + rest, whole, strict=True):
         same(found, expected)
 
 
-def test_worker_processes_give_the_same_batches(corpus):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_give_the_same_batches(corpus, workers):
     before = torch.get_rng_state()
-    found = list(loader(stream(corpus), 2, 7, 1, 2, workers=2))
+    found = list(loader(stream(corpus), 2, 40, 1, 2, workers=workers))
     assert torch.equal(torch.get_rng_state(), before), "dropout's generator belongs to the model"
-    expected = list(loader(stream(corpus), 2, 7, 1, 2, workers=0))
-    assert len(found) == 7
+    expected = list(loader(stream(corpus), 2, 40, 1, 2, workers=0))
+    assert len(found) == 40
     for a, b in zip(found, expected, strict=True):
         same(a, b)
 
 
-KILLED = """
-import multiprocessing, sys
+def test_workers_hold_few_batches(corpus):
+    data = stream(corpus)
+    assert sum(1 for _ in loader(data, 0, 100, workers=2)) == 100
+    for blocks in data._buffers._free.values():
+        assert len(blocks) <= 2 + AHEAD * 2, "beside those read ahead, the last one given and the next"
+
+
+def test_threads_end_with_the_loader(corpus):
+    before = threading.active_count()
+    batches = loader(stream(corpus), 0, 10**6, workers=2)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+
+
+FAILED = """
+import sys
 import numpy as np
 from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import Stream, loader
+from cclmpc_dist.data.loader import Mixture, Stream, loader
 
-if __name__ == "__main__":
-    stream = Stream(Index.open(sys.argv[1]), "u", np.arange(4), 2, 1, (4, 4, 4))
-    batches = loader(stream, 0, 10**6, workers=1)
-    next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    sys.stdin.read()
+stream = Stream(Index.open(sys.argv[1]), "u", np.arange(4), 2, 1, (4, 4, 4))
+batches = loader(Mixture([stream]), 0, 10**6, workers=2)
+next(batches)
+raise ValueError
 """
 
 
-def alive(pid):
-    """Zombies, which nobody may be there to reap, are not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_workers_end_with_a_killed_main_process(corpus, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, tmp_path / "killed.py", corpus.path]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as main:
-        (worker,) = map(int, main.stdout.readline().split())
-        assert alive(worker)
-        main.kill()
-    for _ in range(200):
-        if not alive(worker):
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker outlived its main process")
-
-
-def test_an_error_in_the_main_process_ends_it(corpus, tmp_path):
-    """Its workers answer the SIGTERM that it sends before it waits for them."""
-    (tmp_path / "failed.py").write_text(f"{KILLED}    raise ValueError\n")
+def test_an_error_in_the_process_ends_it(corpus, tmp_path):
+    (tmp_path / "failed.py").write_text(FAILED)
     command = [sys.executable, tmp_path / "failed.py", corpus.path]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    assert subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, timeout=60, check=False).returncode == 1
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert ended.stderr.endswith("\nValueError\n"), ended.stderr
 
 
 def damaged(tmp_path, rows, count=6):
@@ -282,16 +274,16 @@ def test_a_damaged_sample_is_passed_over(tmp_path):
     index = damaged(tmp_path, [2])
     data, whole = stream(index, batch=2, on_error="skip"), stream(index, batch=2)
     passed = 0
-    for step in range(2 * data.order.steps):
+    for step in range(2 * data.steps):
         batch = data.batch(step, range(2))
         rows = [drawn(whole, step, lane)[0] for lane in range(2)]
-        epoch, t = data.order.place(step)
+        epoch, t = data.parts[0].order.place(step)
         passed += batch["skipped"]
         assert batch["skipped"] == rows.count(2)
         for lane, row in enumerate(rows):
-            u = data._numbers(batch["key"][lane : lane + 1])[0]
-            taken = row if row != 2 else data.order.lane(epoch, (t + 1) % data.order.steps, lane)[0]
-            crop = data._crop(taken, u)
+            u = data.parts[0]._numbers(batch["key"][lane : lane + 1])[0]
+            taken = row if row != 2 else data.parts[0].order.lane(epoch, (t + 1) % data.steps, lane)[0]
+            crop = data.parts[0]._crop(taken, u)
             expected = oracle(Reader(index).image(taken), crop, PATCH, 0)
             np.testing.assert_array_equal(batch["image"][lane], expected)
     assert passed == 2

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Stream, loader, to_device
+from cclmpc_dist.data.loader import Mixture, Stream, loader, to_device
 from cclmpc_dist.losses import certainty
 from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.method import Corpus
@@ -38,7 +38,7 @@ def train_float64(rank: int, world: int, raw: dict[str, Any], hollow: int | None
     method.enter(method.phases[0], 10, module, batches)
     streams = [
         loader(
-            Stream(index, name, cases[name], size, 0, config.data.patch, with_label=name == "labelled"),
+            Mixture([Stream(index, name, cases[name], size, 0, config.data.patch, with_label=name == "labelled")]),
             0, STEPS, rank, world, 0,
         )
         for name, size in batches.items()

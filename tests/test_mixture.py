@@ -64,7 +64,7 @@ def test_a_step_of_all_ranks_is_each_corpus_own_step(corpora, sizes, world, seed
     found = joined([to_device(one, "cpu") for one in parts])
     expected = []
     for number, lanes in enumerate(sizes):
-        alone = part(corpora[number], NAMES[number], lanes, **options)
+        alone = Mixture([part(corpora[number], NAMES[number], lanes, **options)])
         expected += [to_device(alone.batch(step, [lane]), "cpu") for lane in range(lanes)]
     expected = joined(expected)
     same(found, expected | {"lane": torch.arange(whole)})
@@ -104,6 +104,17 @@ def test_a_restart_at_another_world_size_goes_on(corpora):
         same(joined([to_device(one, "cpu") for one in parts]), to_device(expected, "cpu"))
     with pytest.raises(InputError, match=r"u\.a order: samples is 9 in the checkpoint and 4 here"):
         mixture([corpora[0], corpora[2]], sizes).parts[1].order.position(states[1])
+
+
+@pytest.mark.parametrize("patch", [PATCH, (12, 9, 5)])
+def test_workers_give_the_same_batches(corpora, tmp_path, patch):
+    """Of raw and compressed shards, inside volumes and beyond, from the start and from the middle."""
+    indexes, sizes = [*corpora[:2], write(tmp_path / "packed", numbered(5), compress="zstd")], (3, 2, 1)
+    expected = list(loader(mixture(indexes, sizes, patch=patch), 0, 30, 1, 2, workers=0))
+    for start, workers in ((0, 2), (11, 1), (11, 3)):
+        found = list(loader(mixture(indexes, sizes, patch=patch), start, 30 - start, 1, 2, workers=workers))
+        for a, b in zip(found, expected[start:], strict=True):
+            same(a, b)
 
 
 @pytest.mark.parametrize("patch", [PATCH, (16, 4, 5)])

@@ -11,7 +11,7 @@ from corpora import numbered, rewrite, told, write
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.formats.normalise import Normalised, normalise, parse_rule
 from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import Stream, to_device
+from cclmpc_dist.data.loader import Mixture, Stream, to_device
 from cclmpc_dist.data.reader import Reader
 from cclmpc_dist.data.seen import AS_STORED, Seen
 from cclmpc_dist.data.verify import inspect, verify
@@ -55,7 +55,7 @@ def plain(image: np.ndarray, seen: Seen) -> np.ndarray:
 
 
 def batches(index: Index, patch: tuple[int, ...]) -> list[dict]:
-    stream = Stream(index, "labelled", np.arange(len(index)), 3, 7, patch, with_label=True)
+    stream = Mixture([Stream(index, "labelled", np.arange(len(index)), 3, 7, patch, with_label=True)])
     return [stream.batch(step, range(3)) for step in range(6)]
 
 

@@ -105,7 +105,6 @@ def test_a_job_streams_its_log_and_ends_with_the_bits_of_torchrun(
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint(
     rank: int, ray: Cluster, toy_corpus: Path, tmp_path: Path, straight: Path
 ) -> None:
-    """Its loader process outlives it for a while."""
     job = Job(ray, toy_corpus, tmp_path, "--workers", "2", "data.workers=1")
     job.reach(6)
     job.worker(rank).kill()

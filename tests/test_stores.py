@@ -84,7 +84,7 @@ def test_a_small_cache_gives_the_same_batches_within_its_bound(served, corpus, e
     limit = os.path.getsize(Path(corpus.path) / INDEX) + room * largest(corpus)
     cache, held, found = tmp_path / "cache", [], []
     data = stores.stream(stores.opened(url, cache, limit))
-    for batch in stores.loader(data, 0, EPOCHS * data.order.steps, workers=workers):
+    for batch in stores.loader(data, 0, EPOCHS * data.steps, workers=workers):
         found.append(stores.digest(batch))
         held.append(stores.held(cache))
     assert found == expected
@@ -98,12 +98,12 @@ def test_a_small_cache_gives_the_same_batches_within_its_bound(served, corpus, e
 def test_this_block_and_the_next_of_each_lane_are_fetched_ahead(served, corpus, tmp_path):
     folder, url = served
     data = stores.stream(stores.opened(url, tmp_path / "cache"))
-    batches = stores.loader(data, 0, data.order.steps, workers=0)
+    batches = stores.loader(data, 0, data.steps, workers=0)
     next(batches)
     wanted = set()
     for lane in range(stores.BATCH):
-        now, step = data.order.stay(0, lane)
-        rows = [*now, *(data.order.stay(step, lane)[0] if step < data.order.steps else [])]
+        now, step = data.parts[0].order.stay(0, lane)
+        rows = [*now, *(data.parts[0].order.stay(step, lane)[0] if step < data.steps else [])]
         wanted |= {shards(corpus)[shard] for shard in corpus["shard"][rows]}
     deadline = time.monotonic() + 30
     while (names := {name for name, _, _ in fetched(folder)} - {MANIFEST, INDEX}) < wanted:
@@ -149,7 +149,7 @@ def test_a_fault_that_lasts_is_told_in_one_line_or_passed_over(served, corpus, t
     assert str(error.value) == f"{url}/{name}: {LASTING[fault]}, or set data.on_error=skip"
     before = len(fetched(folder))
     data = stores.stream(index, on_error="skip")
-    skipped = sum(batch["skipped"] for batch in stores.loader(data, 0, data.order.steps, workers=0))
+    skipped = sum(batch["skipped"] for batch in stores.loader(data, 0, data.steps, workers=0))
     assert skipped >= len(rows)
     assert name not in [name for name, _, _ in fetched(folder)[before:]], "it is not asked for again and again"
 
@@ -159,7 +159,7 @@ def gone(url: str, folder: Path, cache: Path, seconds: float) -> list[str]:
     port = int(url.rpartition(":")[2])
     with stores.fault_server(folder, port):
         data = stores.stream(stores.opened(url, cache, 1))
-        batches = stores.loader(data, 0, EPOCHS * data.order.steps, workers=0)
+        batches = stores.loader(data, 0, EPOCHS * data.steps, workers=0)
         found = [stores.digest(next(batches)) for _ in range(3)]
     killed = time.monotonic()
     with stores.fault_server(folder, port, after=seconds):

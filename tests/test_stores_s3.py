@@ -108,7 +108,7 @@ def test_a_fault_that_lasts_is_told_in_one_line_or_passed_over(
         stores.batches(index)
     assert re.fullmatch(f"{url}/{name}: {words}, or set data.on_error=skip", str(error.value)), error.value
     data = stores.stream(index, on_error="skip")
-    assert sum(batch["skipped"] for batch in stores.loader(data, 0, data.order.steps, workers=0))
+    assert sum(batch["skipped"] for batch in stores.loader(data, 0, data.steps, workers=0))
 
 
 def test_a_shard_that_was_deleted(server: tuple[Path, str], url: str, corpus: Index, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_the_plan_is_what_the_streams_do(toy_corpus: Path, tmp_path: Path) -> No
     assert len(rows) - len(set(rows)) == part["repeats_an_epoch"]
     size = int(sum(index["image_bytes"][rows] + index["json_bytes"][rows])) / 3 / 2**20
     assert part["read_mib_a_rank_and_epoch"] == pytest.approx(size, rel=0.2, abs=0.1)
-    assert part["batches_mib_a_rank"] == round(2 * 32 * 16 * 16 * 1 * 3 / 2**20, 1)
+    assert part["batches_mib_a_rank"] == round(2 * 32 * 16 * 16 * 1 * 4 / 2**20, 1)
     assert said["steps"] == 240 // 12
     with pytest.raises(InputError, match="does not divide over 5 ranks"):
         plan.plan(config, 5)

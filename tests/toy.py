@@ -94,7 +94,7 @@ def run(world: int, *arguments: str) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to agent, ranks and loader workers, as a power cut would; ranks live in sessions of their own."""
+    """SIGKILL to agent and ranks, as a power cut would; ranks live in sessions of their own."""
     agent = psutil.Process(process.pid)
     everyone = [agent, *agent.children(recursive=True)]
     for one in everyone:

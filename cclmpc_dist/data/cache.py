@@ -64,9 +64,6 @@ class Cache:
             raise InputError(f"{self.folder}: no cache can be kept there ({error.strerror}): set data.cache to a "
                              "folder on a local disk") from None  # fmt: skip
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self.folder, self.limit)
-
     def path(self, blob: Blob) -> Path:
         return self.folder / blob.sha256
 

@@ -68,9 +68,6 @@ class Index:
             raise InputError(problems[0])
         return index
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Index.open, (self.path, False)  # a worker maps the arrays itself; they are not sent
-
     def __len__(self) -> int:
         return len(self.columns["shard"])
 

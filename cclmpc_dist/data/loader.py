@@ -3,24 +3,23 @@
 Layout: B batch (b a rank's part of it), C channels, S spatial.
 """
 
+import copy
 import ctypes
 import math
 import mmap
-import multiprocessing.connection
-import os
-import signal
 import sys
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.ahead import Course, ahead
@@ -29,6 +28,7 @@ from cclmpc_dist.data.order import Order, rank_lanes
 from cclmpc_dist.data.reader import Reader, copy_rows, region
 from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.data.seen import AS_STORED, Seen
+from cclmpc_dist.data.workers import AHEAD, in_order
 from cclmpc_dist.errors import InputError
 
 Batch = dict[str, Any]
@@ -56,18 +56,19 @@ class Crop:
 
 
 class Buffers:
-    """Memory for batches, used again once nothing refers to a batch: fresh pages cost more than the crops in them."""
+    """Memory for batches, used again once nothing refers to a batch: fresh pages cost more than the crops in them.
+    Threads may share it."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[mmap.mmap]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Buffers, ()
-
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
-        block = free.pop() if free else mmap.mmap(-1, size)
+        try:
+            block = free.pop()
+        except IndexError:
+            block = mmap.mmap(-1, size)
         lease = (ctypes.c_char * size).from_buffer(block)  # arrays and tensors over it keep it alive
         weakref.finalize(lease, free.append, block).atexit = False
         return np.frombuffer(memoryview(lease), dtype).reshape(shape)
@@ -81,11 +82,7 @@ class Mixture:
     """
 
     def __init__(self, parts: "Sequence[Stream]") -> None:
-        self._parts, self._buffers = list(parts), Buffers()
-
-    @property
-    def parts(self) -> "list[Stream]":
-        return self._parts
+        self.parts, self._buffers = list(parts), Buffers()
 
     @property
     def batch_size(self) -> int:
@@ -121,9 +118,16 @@ class Mixture:
             part.leave(step, own)
         return batch | {"lane": torch.tensor(list(lanes))}
 
+    def twin(self) -> "Mixture":
+        """The same with maps of its own, for another thread. Corpora, samples and memory for batches are shared."""
+        shared: list[object] = [self._buffers]
+        for part in self.parts:
+            shared += [part.index, part.order.samples, part.told]
+        return copy.deepcopy(self, {id(one): one for one in shared})
 
-class Stream(Mixture):
-    """The lanes of one corpus: a stream of its own, or a part of one.
+
+class Stream:
+    """The lanes of one corpus, a part of a Mixture.
 
     index: the corpus. name: part of every draw's key. samples: index rows, ascending. batch: G, over all
     ranks. patch: voxels an axis. oversample: share of crops centred on a foreground voxel of the index, for
@@ -145,14 +149,9 @@ class Stream(Mixture):
         self.index, self.name, self.seed, self.patch = index, name, seed, tuple(patch)
         self.oversample, self.rotate, self.flip = oversample, rotate, tuple(flip)
         self.with_label, self.on_error = with_label, on_error
-        super().__init__([])
         self.order = Order(samples, index.of("shard", samples), batch, seed, name, block, index.identity)
         self._reader, self._course = Reader(index), Course(self.order, index, depth=1)
-        self._told: set[str] = set()
-
-    @property
-    def parts(self) -> "list[Stream]":
-        return [self]
+        self.told: set[str] = set()  # problems of samples that were passed over
 
     def take(self, step: int, lanes: Sequence[int]) -> "list[_Sample]":
         """The crops of some lanes at a global step, not yet copied. Raises InputError naming shard and case."""
@@ -214,8 +213,8 @@ class Stream(Mixture):
 
     def _tell(self, problem: str) -> None:
         """Name what is passed over, once a process: a shard that is missing does so for each of its samples."""
-        if problem not in self._told:
-            self._told.add(problem)
+        if problem not in self.told:
+            self.told.add(problem)
             print(f"cclmpc: {self.name}: passed over: {problem}", file=sys.stderr, flush=True)
 
     def _sample(self, volume: "_Volume", key: int, u: list[float]) -> "_Sample":
@@ -277,22 +276,6 @@ def _stacked(views: list[np.ndarray], buffers: Buffers) -> Tensor:
     return torch.from_numpy(out)
 
 
-class _Steps(Dataset):
-    """A rank's batches, by step. An InputError comes as its message, so that the main process raises it as it was."""
-
-    def __init__(self, stream: Mixture, lanes: range, start: int, steps: int) -> None:
-        self.stream, self.lanes, self.start, self.steps = stream, lanes, start, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Batch | str:
-        try:
-            return self.stream.batch(self.start + step, self.lanes)
-        except InputError as error:
-            return str(error)
-
-
 def loader(
     stream: Mixture,
     start_step: int,
@@ -303,62 +286,50 @@ def loader(
     group: int = 1,
 ) -> Iterator[Batch]:
     """Batches of global steps start_step .. start_step + steps - 1 for one rank, in order, as Mixture.batch
-    gives them.
+    gives them, in pinned memory where there is a GPU.
 
-    workers: processes that read ahead; they start from a clean fork server, since forking beside torch's
-    threads can hang. Raises InputError.
+    workers: threads that read up to AHEAD batches each ahead; 0 reads when a batch is asked for. Threads do, since
+    copying and decompressing hold no lock of Python's, and between processes a batch would be copied once more. A batch
+    stays as it is for as long as anything refers to it. Raises InputError.
     """
     assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
     lanes = rank_lanes(stream.batch_size, rank, world, group)
-    # A generator of its own: the DataLoader seeds workers from the global one, which dropout needs unmoved on resume.
-    batches: DataLoader = DataLoader(
-        _Steps(stream, lanes, start_step, steps), batch_size=None, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
-        worker_init_fn=_end_with_parent if workers else None,
-        multiprocessing_context=_context() if workers else None,
-    )  # fmt: skip
+    wanted = range(start_step, start_step + steps)
     with ExitStack() as stack:
         moves = [
             stack.enter_context(ahead(part.index, part.order, own, start_step, start_step + steps))
             for part, own in stream.split(lanes)
         ]
+        batches = stack.enter_context(closing(_batches(stream, lanes, wanted, workers)))
         for next_step, batch in enumerate(batches, start_step + 1):
-            if isinstance(batch, str):
-                raise InputError(batch)
             for move in moves:
                 move(next_step)
             yield batch
 
 
-def _context() -> Any:
-    """A fork server that has imported this module: workers start in no time."""
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def _batches(stream: Mixture, lanes: range, steps: range, workers: int) -> Generator[Batch, None, None]:
+    if not workers:
+        yield from map(partial(_pinned, stream, lanes), steps)
+        return
+    idle: SimpleQueue[Mixture] = SimpleQueue()
+    for _ in range(workers):
+        idle.put(stream.twin())
+
+    def make(step: int) -> Batch:
+        own = idle.get()
+        try:
+            return _pinned(own, lanes, step)
+        finally:
+            idle.put(own)
+
+    yield from in_order(ThreadPoolExecutor(workers), make, steps, AHEAD * workers)
 
 
-def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the main process does, killed or not: torch's own watch sees only the fork server.
-
-    SIGTERM and SIGINT, which a cluster sends to every process, are the main process's to answer. A worker obeys
-    only that process, which sends SIGTERM when it ends with an error, and then waits for its workers.
-    """
-    signals = (signal.SIGTERM, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def obey() -> None:
-        while signal.sigwaitinfo(signals).si_pid != parent.pid:
-            pass
-        os._exit(1)
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    for target in (obey, watch):
-        threading.Thread(target=target, daemon=True).start()
+def _pinned(stream: Mixture, lanes: range, step: int) -> Batch:
+    batch = stream.batch(step, lanes)
+    if torch.cuda.is_available():
+        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return batch
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -42,7 +42,7 @@ def npy_header(code: int, shape: tuple[int, ...]) -> bytes:
 
 
 class Reader:
-    """Reads samples through memory maps. One a process: maps are not shared with workers."""
+    """Reads samples through memory maps. One a thread: a copy has maps of its own."""
 
     def __init__(self, index: Index) -> None:
         self.index = index

@@ -79,15 +79,11 @@ class RemoteIndex(Index):
 
     def __init__(self, url: Url, manifest: dict[str, Any], index_bytes: int, cache: Cache) -> None:
         self._source, self.cache = store.source(url), cache
-        self._index_bytes = index_bytes
         blob = Blob(url, INDEX, index_bytes, manifest["index_sha256"])
         file = self.cache.open(self._source, blob)
         assert file is not None, NOW
         weakref.finalize(self, file.close)  # it stays in the cache for as long as this lives
         super().__init__(url, manifest, self.cache.path(blob))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteIndex, (self.path, self.manifest, self._index_bytes, self.cache)
 
     def problems(self) -> list[str]:
         """Those of the index; shards are looked at when they come."""

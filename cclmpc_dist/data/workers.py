@@ -1,4 +1,4 @@
-"""A function over many items in several processes, results in order, memory bounded."""
+"""A function over many items in several processes or threads, results in order, memory bounded."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -23,17 +23,26 @@ def ordered(function: Callable[[Item], Result], items: Iterable[Item], workers: 
         yield from map(function, items)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _attend)
+    try:
+        yield from in_order(pool, function, items, AHEAD * workers - 1)
+    except BrokenProcessPool:
+        remedy = "give fewer --workers, and the same command goes on"
+        raise InputError(f"a worker was killed, perhaps for want of memory: {remedy}") from None
+
+
+def in_order(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Generator[Result, None, None]:
+    """function(item) of each item by `pool`, in order; then the pool is shut down. While the caller has a result, up to
+    `ahead` others are under way or wait. Raises what the function raises."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) >= AHEAD * workers:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        remedy = "give fewer --workers, and the same command goes on"
-        raise InputError(f"a worker was killed, perhaps for want of memory: {remedy}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

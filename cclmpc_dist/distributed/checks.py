@@ -25,7 +25,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<microseconds or max> <period>"
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
-LEAST_SHARED = 1.0  # GiB free [F]: a loader's prefetched 3D batches fit, a container's default of 64 MiB does not
+LEAST_SHARED = 1.0  # GiB free [F]: what NVIDIA advises for NCCL in a container, whose default is 64 MiB
 FREE_SHARE = 0.9  # of a GPU's memory; less is free where another process holds some [F]
 BF16_ERROR = 0.05  # relative, in the L2 norm; bf16 keeps 8 bits, some 0.003 [F]
 
@@ -100,10 +100,10 @@ def gpus(device: torch.device) -> list[Finding]:
 
 
 def shared_memory() -> list[Finding]:
-    """Where loader workers hand over batches."""
+    """Where NCCL's ranks of a machine meet."""
     usage = shutil.disk_usage(SHARED_MEMORY)
     state: State = "OK" if usage.free >= LEAST_SHARED * GIB else "warning"
-    remedy = "loader workers may die of it: give a container more (docker --shm-size), or take data.workers=0"
+    remedy = "NCCL may fail for it: give a container more (docker --shm-size)"
     text = f"{{:.2f}} of {usage.total / GIB:.2f} GiB free"
     return [Finding("shared memory", text, state, remedy, usage.free / GIB)]
 

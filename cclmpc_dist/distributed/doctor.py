@@ -64,7 +64,7 @@ def _look(folder: Path, device: torch.device, found: list[Finding]) -> None:
     found.append(_met(everyone))
     found += attempt("versions", checks.versions, "install the package with pip")
     found += attempt("GPUs", lambda: checks.gpus(device), "look at the driver: nvidia-smi")
-    found += attempt("shared memory", checks.shared_memory, "mount /dev/shm, or take data.workers=0")
+    found += attempt("shared memory", checks.shared_memory, "mount /dev/shm")
     found += attempt("cores", lambda: checks.cores(mine, everyone), "set OMP_NUM_THREADS")
     found += attempt("bf16 conv3d", lambda: checks.bf16_convolution(device), "take precision=fp32")
     found += folder_checks.look(folder, device)

@@ -11,12 +11,12 @@ from cclmpc_dist.data.index import DTYPES, Index, select
 from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.remote import open_corpora
+from cclmpc_dist.data.workers import AHEAD
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import setup
 
 MIB = 2**20
-AHEAD = 2  # batches that each worker of torch's DataLoader prepares
 
 
 def plan(config: Config, ranks: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _share(config: Config, stream: Mixture, part: Stream, ranks: int) -> dict[st
     held = np.sort([index.manifest["shards"][shard]["bytes"] for shard in shards.tolist()])[::-1]
     lanes = max(len(own) for rank in range(ranks) for owner, own in _split(stream, rank, ranks) if owner is part)
     voxel_bytes = index.channels * _itemsize(stream) + part.with_label
-    waiting = 1 + AHEAD * config.data.workers
+    waiting = 2 + AHEAD * config.data.workers  # the one in use, the next, and those read ahead
     return {
         "corpus": str(index.path),
         "samples": order.n, "batch": order.batch_size, "lanes_a_rank": lanes,

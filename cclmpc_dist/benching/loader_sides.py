@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from cclmpc_dist.data.bench_clock import Gate
-from cclmpc_dist.data.bench_files import Files, Pair, blosc2
+from cclmpc_dist.benching.loader_clock import Gate
+from cclmpc_dist.benching.loader_files import Files, Pair, blosc2
 from cclmpc_dist.data.index import Index
-from cclmpc_dist.data.loader import Batch, Crop, Stream, loader
+from cclmpc_dist.data.loader import Batch, Crop, Mixture, Stream, loader
 from cclmpc_dist.data.reader import Reader, copy_rows, region
 
 BUFFER = 100  # samples, and shards, that webdataset shuffles among
@@ -33,8 +33,8 @@ class Side(Protocol):
     files: list[Path]
 
     def batches(self, workers: int, gate: Gate, passes: int) -> Run:
-        """So many passes over the corpus, made in `workers` processes, 0 in this one. Whoever makes them waits at the
-        gate before it opens a file."""
+        """So many passes over the corpus, made by `workers` processes, of this project's loader threads; 0 by this one.
+        Whoever makes them waits at the gate before it opens a file."""
         ...
 
 
@@ -207,16 +207,17 @@ class Shards:
 
     def batches(self, workers: int, gate: Gate, passes: int) -> Run:
         rows = np.arange(len(self.index))
-        stream = _HeldStream(self.index, "bench", rows, self.batch, 0, self.patch, with_label=True)
-        stream.gate = gate
-        for batch in loader(stream, 0, passes * stream.order.steps, workers=workers):
+        stream = Stream(self.index, "bench", rows, self.batch, 0, self.patch, with_label=True)
+        for batch in loader(_HeldMixture(stream, gate), 0, passes * stream.order.steps, workers=workers):
             yield batch["image"], batch["label"]
 
 
-class _HeldStream(Stream):
+class _HeldMixture(Mixture):
     """Behind the gate."""
 
-    gate: Gate
+    def __init__(self, stream: Stream, gate: Gate) -> None:
+        super().__init__([stream])
+        self.gate = gate
 
     def batch(self, step: int, lanes: Sequence[int]) -> Batch:
         self.gate.wait()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from cclmpc_dist.data.bench_clock import Gate, Usage, forget, remember
-from cclmpc_dist.data.bench_files import blosc2, lay_out
-from cclmpc_dist.data.bench_sides import Memcpy, Run, Side, sides
+from cclmpc_dist.benching.loader_clock import Gate, Usage, forget, remember
+from cclmpc_dist.benching.loader_files import blosc2, lay_out
+from cclmpc_dist.benching.loader_sides import Memcpy, Run, Side, sides
 from cclmpc_dist.errors import InputError
 
 RIVALS = ("gzip_h5", "webdataset", "blosc2")
@@ -38,9 +38,9 @@ def bench_loader(
     size: int = 128,
     shard_bytes: int = 16 << 20,
 ) -> list[dict[str, Any]]:
-    """Crops (image and label) of every side in turn, the median of `repeats` rounds; a thread a process.
+    """Crops (image and label) of every side in turn, the median of `repeats` rounds; torch computes in one thread.
 
-    Sides are those of bench_sides: `rivals` and this project's. warm: files in the page cache; whole passes over the
+    Sides are those of loader_sides: `rivals` and this project's. warm: files in the page cache; whole passes over the
     corpus, `seconds` long at least. cold: one pass with the files dropped from the page cache before. folder: an
     la-h5 corpus, its first `cases` are used; unset, phantoms of about `size` voxels an axis. Raises InputError.
     """

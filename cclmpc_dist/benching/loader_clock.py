@@ -46,26 +46,26 @@ def _read(pid: int) -> int:
 
 
 class Gate:
-    """Keeps every process that makes crops before its first one, until all are there and `open` lets them go.
+    """Keeps every process or thread that makes crops before its first one, until all are there and `open` lets them go.
 
-    folder: an empty one.
+    folder: an empty one. Each thread has a gate of its own over it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._passed = folder, False
 
     def wait(self) -> None:
-        """Of each process that makes crops, before it opens a file."""
+        """Of each process or thread that makes crops, before it opens a file."""
         if self._passed:
             return
-        (self.folder / str(os.getpid())).touch()
+        (self.folder / str(threading.get_native_id())).touch()
         while not (self.folder / "open").exists():
             time.sleep(0.001)
         self._passed = True
 
-    def open(self, processes: int, prepare: Callable[[], None]) -> "Opening":
+    def open(self, makers: int, prepare: Callable[[], None]) -> "Opening":
         """In a thread, once so many wait: prepare, and let them go."""
-        opening = Opening(self.folder, processes, prepare)
+        opening = Opening(self.folder, makers, prepare)
         opening.start()
         return opening
 
@@ -75,12 +75,12 @@ class Opening(threading.Thread):
 
     usage: Usage
 
-    def __init__(self, folder: Path, processes: int, prepare: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, makers: int, prepare: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self._folder, self._processes, self._prepare = folder, processes, prepare
+        self._folder, self._makers, self._prepare = folder, makers, prepare
 
     def run(self) -> None:
-        while len(list(self._folder.iterdir())) < self._processes:
+        while len(list(self._folder.iterdir())) < self._makers:
             time.sleep(0.001)
         self._prepare()
         self.usage = Usage.now()
