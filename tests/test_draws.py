@@ -24,6 +24,11 @@ def test_words_are_those_of_whole_number_arithmetic():
         assert [word % (1 << 64) for word in row] == [_splitmix(folded + i * 0x9E3779B97F4A7C15) for i in range(1, 6)]
 
 
+def test_the_host_draws_the_same_bits():
+    found = torch.from_numpy(draws.host_uniform(KEYS.tolist(), "crop", 1000))
+    assert torch.equal(found, draws.uniform(KEYS, "crop", 1000))
+
+
 def test_key_tells_types_and_parts_apart_and_does_not_change():
     keys = [draws.key(1, 2), draws.key(12), draws.key("1", 2), draws.key(2, 1)]
     assert len(set(keys)) == 4

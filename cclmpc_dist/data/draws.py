@@ -6,6 +6,8 @@ of a key is a 64-bit mix (splitmix64, Steele et al., OOPSLA 2014) of key + i * g
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _WORD = 1 << 64
+Words = TypeVar("Words", Tensor, np.ndarray)  # int64
 
 
 def _signed(word: int) -> int:
@@ -34,19 +37,24 @@ def philox(*parts: int | str) -> np.random.Philox:
     return np.random.Philox(key=key(*parts) % _WORD)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's own is arithmetic on int64)."""
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _shift(x: Words, bits: int) -> Words:
+    """Logical right shift (that of int64 is arithmetic)."""
+    shifted = x >> bits
+    shifted &= (1 << (64 - bits)) - 1
+    return shifted
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Words) -> Words:
     """splitmix64's finaliser. In place: fields of noise are large."""
-    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(_MIX_1))
-    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(_MIX_2))
-    return x.bitwise_xor_(_shift(x, 31))
+    x ^= _shift(x, 30)
+    x *= _signed(_MIX_1)
+    x ^= _shift(x, 27)
+    x *= _signed(_MIX_2)
+    x ^= _shift(x, 31)
+    return x
 
 
-def fold(keys_B: Tensor, purpose: str) -> Tensor:
+def fold(keys_B: Words, purpose: str) -> Words:
     """New int64 keys for one purpose: draws of different purposes never share a counter."""
     return _mix(keys_B ^ key(purpose))
 
@@ -60,6 +68,14 @@ def words(keys_B: Tensor, purpose: str, n: int) -> Tensor:
 def uniform(keys_B: Tensor, purpose: str, n: int) -> Tensor:
     """(B, n) float32 in [0, 1), 24 random bits each."""
     return _shift(words(keys_B, purpose, n), 40).to(torch.float32).mul_(2.0**-24)
+
+
+def host_uniform(keys_B: Sequence[int], purpose: str, n: int) -> np.ndarray:
+    """What `uniform` gives, for a few keys: numpy takes a fraction of torch's time for so little, and its threads do
+    not meet over it."""
+    counter = np.arange(1, n + 1) * _signed(_GOLDEN)
+    bits = _mix(fold(np.array(keys_B), purpose)[:, None] + counter)
+    return _shift(bits, 40).astype(np.float32) * np.float32(2.0**-24)
 
 
 def normal(keys_B: Tensor, purpose: str, n: int) -> Tensor:

@@ -158,7 +158,7 @@ class Stream:
         epoch, t = self.order.place(step)
         places = [self.order.lane(epoch, t, lane) for lane in lanes]
         keys = [draws.key(self.seed, self.name, epoch, p) for _, p in places]
-        numbers = self._numbers(torch.tensor(keys))
+        numbers = self._numbers(keys)
         return [
             self._sample(self._read(row, epoch, t, lane), key, u)
             for (row, _), lane, key, u in zip(places, lanes, keys, numbers, strict=True)
@@ -169,9 +169,9 @@ class Stream:
         if isinstance(self.index, RemoteIndex) and self._course.move(step + 1, lanes):
             self._reader.keep(self._course.needed(0))
 
-    def _numbers(self, keys: Tensor) -> list[list[float]]:
+    def _numbers(self, keys: Sequence[int]) -> list[list[float]]:
         """All draws of a batch in one call: turn; flip and start of each axis; foreground or not, class, voxel."""
-        return draws.uniform(keys, "geometry", 4 + 2 * self.index.dims).tolist()
+        return draws.host_uniform(keys, "geometry", 4 + 2 * self.index.dims).tolist()
 
     def _crop(self, row: int, u: list[float]) -> Crop:
         dims = self.index.dims
