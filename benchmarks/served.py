@@ -219,7 +219,7 @@ def counted(index: Index, told: list[dict[str, Any]]) -> list[tuple[str, str, fl
 
 def bounds(index: Index, series: dict[str, list[float]], limit: int) -> list[tuple[str, str, float, str]]:
     """The cache's size against its bound, and each rank's memory at a quarter of the time and at most from then on."""
-    blocks = ahead.blocks(index, stream(index).order)
+    blocks = ahead.blocks(index, stream(index).parts[0].order)
     found = [
         ("cache", "limit", limit / MB, "MB"),
         ("cache", "limit and blocks in use", (limit + blocks) / MB, "MB"),

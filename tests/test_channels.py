@@ -126,7 +126,7 @@ def test_corpora_of_several_types_and_channels_seen_alike_or_not_mix(tmp_path: P
         for step in range(4):
             batch = Mixture(chosen).batch(step, range(2 * len(chosen)))
             assert batch["image"].dtype == dtype
-            alone = joined([to_device(part.batch(step, range(2)), "cpu") for part in chosen])
+            alone = joined([to_device(Mixture([part]).batch(step, range(2)), "cpu") for part in chosen])
             same(to_device(batch, "cpu"), alone | {"lane": torch.arange(2 * len(chosen))})
 
 

@@ -288,9 +288,9 @@ def loader(
     """Batches of global steps start_step .. start_step + steps - 1 for one rank, in order, as Mixture.batch
     gives them, in pinned memory where there is a GPU.
 
-    workers: threads that read up to AHEAD batches each ahead; 0 reads when a batch is asked for. Threads do, since
-    copying and decompressing hold no lock of Python's, and between processes a batch would be copied once more. A batch
-    stays as it is for as long as anything refers to it. Raises InputError.
+    workers: threads that read up to AHEAD batches each ahead; 0 reads when a batch is asked for. Threads suffice, since
+    copying and decompressing hold no lock of Python's. A batch stays as it is for as long as anything refers to it, and
+    what is read ahead ends with the iterator. Raises InputError.
     """
     assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
     lanes = rank_lanes(stream.batch_size, rank, world, group)
