@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from cclmpc_dist.losses.segmentation import IGNORE, wide
+from cclmpc_dist.dtypes import wide
+from cclmpc_dist.losses.segmentation import IGNORE
 
 
 def rampup(r: float) -> float:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cclmpc_dist.losses.segmentation import wide
+from cclmpc_dist.dtypes import wide
 from cclmpc_dist.losses.terms import Additive
 
 

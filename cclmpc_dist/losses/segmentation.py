@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cclmpc_dist.dtypes import wide
 from cclmpc_dist.losses.terms import Additive, Part, Ratio
 
 IGNORE = -1
@@ -57,8 +58,3 @@ def log_softmax(logits: Float[Tensor, "B K *S"]) -> Float[Tensor, "B K *S"]:
 def softmax(logits: Float[Tensor, "B K *S"]) -> Float[Tensor, "B K *S"]:
     """Class probabilities in at least float32."""
     return logits.softmax(1, dtype=wide(logits))
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """x's type, or float32 where it is narrower."""
-    return torch.promote_types(x.dtype, torch.float32)

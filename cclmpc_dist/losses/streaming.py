@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cclmpc_dist.distributed.exchange import finite
-from cclmpc_dist.losses.segmentation import wide
+from cclmpc_dist.dtypes import wide
 
 UNKNOWN = -1  # a class that is not certain
 LOGITS = 1 << 23  # numbers in a buffer of logits: 32 MiB of float32, however many anchors there are

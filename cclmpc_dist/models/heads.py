@@ -1,14 +1,14 @@
 """The two contrastive heads on the encoder's map at stride 8. Both give unit vectors."""
 
-import torch
 from torch import Tensor, nn
 
+from cclmpc_dist.dtypes import wide
 from cclmpc_dist.models.vnet import conv, normalisation
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
     """x over its norm along `dim`, in at least float32. A zero vector stays zero, with a finite gradient."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide(x))
     return x * (x.square().sum(dim, keepdim=True) + 1e-12).rsqrt()
 
 

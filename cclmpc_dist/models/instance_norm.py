@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cclmpc_dist.losses.segmentation import wide
+from cclmpc_dist.dtypes import wide
 
 LANES = 1024  # channels of the view
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
