@@ -77,6 +77,7 @@ def records(suite: str, split: str, variant: str, run: Path) -> list[dict[str, A
         common | {"metric": f"{entry['metric']}_{part}", "value": float(entry[part]), "unit": UNITS[entry["metric"]]}
         for entry in entries
         for part in ("mean", "sd", "low", "high")
+        if entry[part] != "nan"
     ]
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     every = log[0]["step"]

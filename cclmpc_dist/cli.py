@@ -315,8 +315,9 @@ def _table(rows: list[dict[str, Any]], unit: str) -> None:
     metrics = metrics_in(unit)
     table = Table("class", "metric", "unit", "mean", "SD", "95 % interval", "cases", "undefined")
     for entry in summary(rows):
-        interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
-        numbers = f"{entry['mean']:.4f}", f"{entry['sd']:.4f}", interval, str(entry["n"]), str(entry["n_excluded"])
+        mean, sd, low, high = (f"{entry[name]:.4f}" for name in ("mean", "sd", "low", "high"))
+        interval = f"{low} - {high}" if math.isfinite(entry["low"]) else "-"
+        numbers = mean, sd, interval, str(entry["n"]), str(entry["n_excluded"])
         metric = metrics[entry["metric"]]
         table.add_row(str(entry["class"]), metric.title, metric.unit, *numbers)
     Console(width=110).print(table)

@@ -249,6 +249,7 @@ def test_report_of_one_case_draws_it_once(run):
     save(run / "eval", evaluated(run / "eval", 1), META)
     shown = page(run)
     assert "Best and median and worst" in shown.text
+    assert "95 %: –" in shown.text
     assert sum(source.startswith("data:image/png") for source in shown.sources) == 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from cclmpc_dist import config as settings
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation import evaluate, page, pictures
-from cclmpc_dist.evaluation.metrics import BOOTSTRAP, Metric, Row, by_case, defined_mean, metrics_in, summary
+from cclmpc_dist.evaluation.metrics import BOOTSTRAP, FEWEST, Metric, Row, by_case, defined_mean, metrics_in, summary
 
 Metrics = dict[str, Metric]  # by column
 
@@ -28,7 +28,8 @@ _LEAK = (
     "leak with the published ones on the same files and do not tell how the network does on a whole scan."
 )
 _RULES = (
-    f"SD over cases (n - 1). Interval of the mean: percentile bootstrap over cases, {BOOTSTRAP} resamples. "
+    f"SD over cases (n - 1). Interval of the mean: percentile bootstrap over cases, {BOOTSTRAP} resamples; fewer than "
+    f"{FEWEST} cases have none. "
     "P is the prediction, T the truth. Both empty: overlaps 1, distances 0. One empty: overlaps 0, distances "
     "undefined: left out of the mean and counted as excluded. A case without a label is excluded everywhere. "
     "Voxel distances ignore the spacing, as LA papers do."
@@ -148,8 +149,8 @@ def _tiles(entries: list[dict[str, Any]], metrics: Metrics) -> str:
 
 def _tile(entry: dict[str, Any], metrics: Metrics) -> str:
     metric = metrics[entry["metric"]]
-    mean, low, high = (_number(entry[name], metric) for name in ("mean", "low", "high"))
-    return f'<div class="tile">{page.text(_title(metric))}<b>{mean}</b>95 %: {low} to {high}</div>'
+    mean, interval = _number(entry["mean"], metric), _interval(entry, metric)
+    return f'<div class="tile">{page.text(_title(metric))}<b>{mean}</b>95 %: {interval}</div>'
 
 
 def _summary_table(entries: list[dict[str, Any]], metrics: Metrics) -> str:
@@ -158,9 +159,9 @@ def _summary_table(entries: list[dict[str, Any]], metrics: Metrics) -> str:
 
 
 def _summary_line(entry: dict[str, Any], metric: Metric) -> list[str]:
-    mean, sd, low, high = (_number(entry[name], metric) for name in ("mean", "sd", "low", "high"))
+    mean, sd = (_number(entry[name], metric) for name in ("mean", "sd"))
     counts = [str(entry["n"]), str(entry["n_excluded"])]
-    return [metric.title, metric.unit, str(entry["class"]), mean, sd, f"{low} to {high}", *counts]
+    return [metric.title, metric.unit, str(entry["class"]), mean, sd, _interval(entry, metric), *counts]
 
 
 def _overlays(folder: Path, rows: list[Row]) -> str:
@@ -239,6 +240,11 @@ def _number(value: float, metric: Metric) -> str:
     if not np.isfinite(value):
         return "–"
     return f"{value:.4f}" if metric.unit == "fraction" else f"{value:.2f}"
+
+
+def _interval(entry: dict[str, Any], metric: Metric) -> str:
+    low, high = entry["low"], entry["high"]
+    return f"{_number(low, metric)} to {_number(high, metric)}" if np.isfinite(low) else "–"
 
 
 def _size(numbers: Sequence[int]) -> str:
