@@ -15,6 +15,7 @@ import typer
 from cclmpc_dist import __version__
 from cclmpc_dist.cli_bench import bench
 from cclmpc_dist.errors import InputError, LostRanks
+from cclmpc_dist.words import counted
 
 app = typer.Typer(
     help="Semi-supervised 3D segmentation with CCL-MPC: a corpus becomes shards, shards train a model, "
@@ -120,7 +121,7 @@ def shard(
     if parts == 1:
         _sharded(out, merge(out).manifest)
     elif record is not None:
-        print(f"{out}: part {part}: {record['written']} cases in {record['shards']} shards, "
+        print(f"{out}: part {part}: {counted(record['written'], 'case')} in {counted(record['shards'], 'shard')}, "
               f"{record['left_out']} left out")  # fmt: skip
 
 
@@ -135,8 +136,9 @@ def _part(text: str) -> tuple[int, int]:
 def _sharded(out: Path, manifest: dict[str, Any]) -> None:
     counts, skipped = manifest["counts"], manifest["skipped"]
     listed = f", {skipped} left out ({out / 'skipped.json'} says why)" if skipped else ""
-    print(f"{out}: {counts['samples']} cases in {len(manifest['shards'])} shards, {counts['labelled']} labelled, "
-          f"{counts['val']} for reports only, {manifest['classes']} classes{listed}")  # fmt: skip
+    classes = counted(manifest["classes"], "class") if counts["with_label"] else "no labels"
+    print(f"{out}: {counted(counts['samples'], 'case')} in {counted(len(manifest['shards']), 'shard')}, "
+          f"{counts['labelled']} labelled, {counts['val']} for reports only, {classes}{listed}")  # fmt: skip
 
 
 @app.command()

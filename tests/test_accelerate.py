@@ -74,7 +74,7 @@ def test_twenty_steps_are_those_of_torchrun(
     ]
     ends = [toy.finish(agent) for agent in agents]
     assert [code for code, _ in ends] == [0] * machines, ends
-    assert any("on 2 process(es)" in output for _, output in ends)
+    assert any("on 2 processes" in output for _, output in ends)
     expected = _losses(tmp_path / "torchrun")
     assert len(expected) == 20
     assert _losses(tmp_path / "toy") == expected

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import inputs
 import pytest
 import toy
 import yaml
@@ -76,7 +77,7 @@ def test_from_corpus_to_report(tmp_path: Path, inside: Inside) -> None:
         "shard", "8", "--format", "phantom", "--out", shards, "--labelled", "2", "--val-last", "2", "--size", "32"
     )
     assert code == 0, said
-    assert "8 cases in 1 shards, 2 labelled, 2 for reports only, 2 classes" in said
+    assert "8 cases in 1 shard, 2 labelled, 2 for reports only, 2 classes" in said
     assert cclmpc("verify", shards)[0] == 0
     assert json.loads(cclmpc("inspect", shards)[1])["samples"] == 8
     batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
@@ -97,6 +98,15 @@ def test_from_corpus_to_report(tmp_path: Path, inside: Inside) -> None:
     page = (runs / "toy" / "report.html").read_text()
     assert "Dice" in page
     assert "data:image/" in page
+
+
+def test_a_corpus_of_one_case_without_a_label_is_told_so(tmp_path: Path, inside: Inside) -> None:
+    inputs.nifti(tmp_path / "in/a.nii", inputs.volume())
+    shards = ("--out", tmp_path / "shards", "--workers", "1")
+    assert (
+        ": 1 case in 1 shard, 0 labelled, 0 for reports only, no labels\n"
+        in inside("shard", tmp_path / "in", "--format", "nifti", *shards)[1]
+    )
 
 
 def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_core_imports_where_ray_and_deepspeed_are_missing() -> None:
 def test_accelerate_launch_trains_on_two_ranks(toy_corpus: Path, tmp_path: Path) -> None:
     config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=24))
     said = _accelerate("--multi_gpu", "--num_processes", "2", config=config)
-    assert "on 2 process(es)" in said[1]
+    assert "on 2 processes" in said[1]
     assert said[0] == 0
 
 

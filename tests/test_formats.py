@@ -371,7 +371,7 @@ def test_photographs_from_shards_to_a_report(
         "shard", str(tmp_path / "in"), "--format", "images", "--labels", masks, "--label-map", "0=0,255=1",
         "--resize", "40,40", "--labelled", "3", "--val-last", "2", "--out", shards, "--workers", "1",
     )  # fmt: skip
-    assert "8 cases in 1 shards, 3 labelled, 2 for reports only" in said
+    assert "8 cases in 1 shard, 3 labelled, 2 for reports only" in said
     run("verify", shards)
     assert json.loads(run("inspect", shards))["spacing_unit"] == "pixel"
     changes = {"data__patch": [32, 32], "model__swin__window": [2, 2], "budget__images": 24}

@@ -297,7 +297,7 @@ def test_a_killed_run_on_two_corpora_ends_with_the_same_bits(toy_corpus, tmp_pat
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
     straight, broken = (str(tmp_path / f"{name}.yaml") for name in names)
     said = toy.run(2, "train", straight)
-    assert "unlabelled: 8 cases, 3 a microbatch over all ranks, 3 microbatches and 1 repeats an epoch" in said
+    assert "unlabelled: 8 cases, 3 a microbatch over all ranks, 3 microbatches and 1 repeat an epoch" in said
     assert "unlabelled.o: 7 cases, 3 a microbatch over all ranks, 3 microbatches and 2 repeats an epoch" in said
     process = toy.launch(2, "train", broken)
     toy.wait_for_step(process, tmp_path / "broken", random.randint(5, 9))

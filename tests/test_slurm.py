@@ -32,7 +32,7 @@ def straight(slurm: Cluster, toy_corpus: Path, tmp_path_factory: pytest.TempPath
     job = run.cluster.wait_for(run.submit(), "COMPLETED", "FAILED", "NODE_FAIL")
     assert job["JobState"] == "COMPLETED", run.said()
     assert job["Restarts"] == "0"
-    assert "on 2 process(es)" in run.said()
+    assert "on 2 processes" in run.said()
     return toy.tensors(run.folder / LAST)
 
 
@@ -177,8 +177,8 @@ def test_after_the_loss_of_a_node_it_goes_on_with_the_one_that_is_left(run: Run)
     run.end(number)
     run.cluster.start("slurmd-node2", "-D", "-N", "node2")
     first, second = run.said().split("going on from step ")
-    assert "on 2 process(es)" in first
-    assert "on 1 process(es)" in second
+    assert "on 2 processes" in first
+    assert "on 1 process," in second
     logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, 21))
     assert all(line["data/unlabelled_epoch"] == line["step"] / 2 for line in logged)

@@ -19,6 +19,7 @@ from cclmpc_dist.evaluation.metrics import Row
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import checkpoint, run, setup
+from cclmpc_dist.words import counted
 
 Which = Literal["last", "best"]
 Split = Literal["val", "select", "unlabelled", "labelled"]
@@ -54,7 +55,8 @@ def evaluate_run(
     _load(module, folder, step, weights)
     if runtime.rank() == 0:
         shutil.rmtree(folder / "eval", ignore_errors=True)  # predictions of another split or corpus are not mixed in
-        say(f"{folder}: step {step} ({which}), {weights} weights, {len(samples)} {split} cases, stride {config.stride}")
+        cases = counted(len(samples), f"{split} case")
+        say(f"{folder}: step {step} ({which}), {weights} weights, {cases}, stride {config.stride}")
     runtime.barrier()
     rows = evaluate_cases(
         method.predictor(module), index, samples, config, device, folder / "eval", lambda key: say(f"  {key}")

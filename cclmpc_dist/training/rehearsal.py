@@ -11,6 +11,7 @@ from cclmpc_dist.training.checkpoint import Tensors
 from cclmpc_dist.training.monitor import duration, memory_mib
 from cclmpc_dist.training.state import tensors
 from cclmpc_dist.training.trainer import Trainer
+from cclmpc_dist.words import counted
 
 MIB = 2**20
 
@@ -43,8 +44,8 @@ def _corpora(trainer: Trainer) -> None:
     for index in trainer.indexes:
         shards = index.manifest["shards"]
         size = sum(shard["bytes"] for shard in shards) / MIB
-        say(f"{index.path}: {len(index)} cases in {len(shards)} shards, {size:.0f} MiB, {index.where}; "
-            f"index {index.identity[:12]} as in its manifest")  # fmt: skip
+        say(f"{index.path}: {counted(len(index), 'case')} in {counted(len(shards), 'shard')}, {size:.0f} MiB, "
+            f"{index.where}; index {index.identity[:12]} as in its manifest")  # fmt: skip
     at = run.newest(folder)
     if at >= 0:
         say(f"{folder}: has a checkpoint of step {at}, from which training would go on; this step starts anew")

@@ -38,6 +38,7 @@ from cclmpc_dist.training.pace import Pace, slowest
 from cclmpc_dist.training.schedule import rate
 from cclmpc_dist.training.state import averaged, norm_buffers, restore, save
 from cclmpc_dist.training.throughput import Meter
+from cclmpc_dist.words import counted
 
 SKIPS_IN_A_ROW = 50  # non-finite steps after which the run is given up
 Batches = dict[str, dict[str, Any]]  # stream -> batch
@@ -154,12 +155,12 @@ class Trainer:
     def describe(self) -> None:
         """Say what is trained on what."""
         say = self.monitor.say
-        say(f"{self.config.method}, {self.total} steps on {self.world} process(es), {self.device.type}, "
-            f"precision {self.config.precision}, {self.size:,} parameters")  # fmt: skip
+        say(f"{self.config.method}, {counted(self.total, 'step')} on {counted(self.world, 'process')}, "
+            f"{self.device.type}, precision {self.config.precision}, {self.size:,} parameters")  # fmt: skip
         for part in [part for stream in self.streams.values() for part in stream.parts]:
             order = part.order
-            say(f"{part.name}: {order.n} cases, {order.batch_size} a microbatch over all ranks, "
-                f"{order.steps} microbatches and {order.repeats} repeats an epoch")  # fmt: skip
+            say(f"{part.name}: {counted(order.n, 'case')}, {order.batch_size} a microbatch over all ranks, "
+                f"{counted(order.steps, 'microbatch')} and {counted(order.repeats, 'repeat')} an epoch")  # fmt: skip
         notes = setup.label_notes(self.config, self.index, self.cases)
         notes += setup.corpus_notes(self.config, self.streams, self.cases)
         for line in notes + setup.cache_notes(self.config, self.streams) + self.method.notes():
@@ -325,7 +326,8 @@ class Trainer:
     def _log(self, window: Window) -> None:
         values = window.means() | {"data/skipped": window.sums["data/skipped"]}
         if values["data/skipped"]:
-            self.monitor.say(f"{values['data/skipped']:.0f} unreadable samples were replaced since the last line")
+            replaced = counted(round(values["data/skipped"]), "unreadable sample")
+            self.monitor.say(f"replaced since the last line: {replaced}")
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
         values |= window.performance(self._images, math.prod(self.config.data.patch))
         values |= self.meter.performance(window.seconds) | {"perf/memory_mib": memory_mib(self.device)}
@@ -358,7 +360,8 @@ class Trainer:
             rows = evaluate_cases(predict, self.index, self.cases["select"], self.config, self.device)
         dice = sum(row["dice"] for row in rows) / len(rows)
         self.monitor.scalars(self.done, {"val/dice": dice})
-        self.monitor.say(f"validation at step {self.done}: Dice {dice:.4f} over {len(self.cases['select'])} cases")
+        cases = counted(len(self.cases["select"]), "case")
+        self.monitor.say(f"validation at step {self.done}: Dice {dice:.4f} over {cases}")
         better = dice > self.best.get("dice", -1.0)
         if better:
             self.best = {"dice": dice, "step": self.done}
