@@ -42,7 +42,7 @@ def resumable_state(config: Config, step: int) -> dict[str, Any]:
     then, now = _flat(state["config"]), _flat(json.loads(config.model_dump_json()))
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not _is_free(key)]
     if changed:
-        told = ", ".join(f"{key} = {now.get(key)!r} (was {then.get(key)!r})" for key in changed)
+        told = ", ".join(f"{key} = {_told(now.get(key))} (was {_told(then.get(key))})" for key in changed)
         raise InputError(f"{config.folder}: its checkpoint of step {step} was made with other settings: {told}: "
                          "give the run another name=, or the settings it had")  # fmt: skip
     return state
@@ -136,6 +136,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _told(value: Any) -> str:
+    """A value; one whose default follows from elsewhere, or that is left out, is not set."""
+    return "not set" if value is None else repr(value)
 
 
 def _is_free(key: str) -> bool:
