@@ -173,7 +173,7 @@ def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Pat
     other = toy.corpus(tmp_path / "other", cases=12)
     code, printed = cclmpc("train", config, f"data.path={other}")
     assert code == 2, printed
-    assert "order" in printed
+    assert f"{other}: labelled order: " in printed
     assert "in the checkpoint" in printed
 
 

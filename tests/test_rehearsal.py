@@ -7,7 +7,10 @@ import pytest
 import toy
 import yaml
 
+from cclmpc_dist.config import load
 from cclmpc_dist.data.index import sha256
+from cclmpc_dist.errors import InputError
+from cclmpc_dist.training.rehearsal import rehearse
 
 
 def config(corpus: Path, runs: Path, **changes: object) -> str:
@@ -40,7 +43,7 @@ def test_a_dry_run_takes_a_step_and_leaves_nothing(world: int, toy_corpus: Path,
     assert "20 such steps would take" in said
 
 
-def test_a_dry_run_leaves_a_run_as_it_is_and_knows_its_checkpoints_size(toy_corpus: Path, tmp_path: Path) -> None:
+def test_a_dry_run_leaves_a_run_as_it_is_and_looks_at_it(toy_corpus: Path, tmp_path: Path, alone: None) -> None:
     path = config(toy_corpus, tmp_path, budget__images=24)
     toy.run(1, "train", path)
     run = tmp_path / "toy"
@@ -51,6 +54,9 @@ def test_a_dry_run_leaves_a_run_as_it_is_and_knows_its_checkpoints_size(toy_corp
     assert "has a checkpoint of step 2, from which training would go on" in said
     saved = sum(file.stat().st_size for file in (run / "checkpoints" / "step-000000002").glob("*.safetensors"))
     assert number("checkpoint: ", said) == pytest.approx(saved / 2**20, rel=0.03)
+    other = toy.corpus(tmp_path / "other", 12)
+    with pytest.raises(InputError, match=f"^{other}: labelled order: corpus is "):
+        rehearse(load(path, [f"data.path={other}"]))
 
 
 def test_a_dry_run_of_a_bad_configuration_ends_with_2(toy_corpus: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from cclmpc_dist.distributed import runtime
 from cclmpc_dist.training import profiling, run, strategy
 from cclmpc_dist.training.checkpoint import Tensors
 from cclmpc_dist.training.monitor import duration, memory_mib
-from cclmpc_dist.training.state import tensors
+from cclmpc_dist.training.state import positions, tensors
 from cclmpc_dist.training.trainer import Trainer
 from cclmpc_dist.words import counted
 
@@ -20,7 +20,7 @@ def rehearse(config: Config) -> None:
     """Check configuration and corpus, take one step with every loss at the launched world size, say what it took; leave
     nothing behind.
 
-    A run folder that is there is not gone on from. Raises InputError as training does.
+    A run folder that is there is not gone on from, but looked at: could training? Raises InputError as training does.
     """
     accelerator = strategy.start(config)
     try:
@@ -39,7 +39,7 @@ def rehearse(config: Config) -> None:
 
 
 def _corpora(trainer: Trainer) -> None:
-    """The corpora, and what the folder holds already."""
+    """The corpora, and what the folder holds already. Raises InputError where training could not go on from it."""
     say, folder = trainer.monitor.say, trainer.config.folder
     for index in trainer.indexes:
         shards = index.manifest["shards"]
@@ -48,6 +48,7 @@ def _corpora(trainer: Trainer) -> None:
             f"{index.where}; index {index.identity[:12]} as in its manifest")  # fmt: skip
     at = run.newest(folder)
     if at >= 0:
+        positions(trainer, at, run.resumable_state(trainer.config, at))
         say(f"{folder}: has a checkpoint of step {at}, from which training would go on; this step starts anew")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cclmpc_dist.data.loader import Stream
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.training import checkpoint
@@ -85,9 +86,7 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
     checkpoint's.
     """
     folder = trainer.checkpoints.folder
-    _check_streams(trainer, step, state)
-    for name, stream in trainer.streams.items():
-        (trainer.positions[name],) = {part.order.position(state["streams"][part.name]) for part in stream.parts}
+    trainer.positions = positions(trainer, step, state)
     trainer.step, trainer.done, trainer.skipped = state["phase_step"], step, state["skipped"]
     trainer.best, trainer.checkpoints.seconds = state["best"], state.get("save_seconds")
     trainer.strategy.load(checkpoint.read_group(folder, step, "model"))
@@ -107,6 +106,22 @@ def restore(trainer: "Trainer", step: int, state: dict[str, Any]) -> list[str]:
         parts = [checkpoint.read_rank(folder, step, rank) for rank in range(state["world_size"])]
         return [trainer.method.deal([_part(part, "method") for part in parts])]
     return []
+
+
+def positions(trainer: "Trainer", step: int, state: dict[str, Any]) -> dict[str, int]:
+    """Microbatches that checkpoint `step` has taken from each stream. Raises InputError as restore does of streams."""
+    _check_streams(trainer, step, state)
+    found = {}
+    for name, stream in trainer.streams.items():
+        (found[name],) = {_position(part, state["streams"][part.name]) for part in stream.parts}
+    return found
+
+
+def _position(part: Stream, state: dict[str, Any]) -> int:
+    try:
+        return part.order.position(state)
+    except InputError as error:
+        raise InputError(f"{part.index.path}: {error}") from None
 
 
 def _check_streams(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
