@@ -18,7 +18,7 @@ from fault_server import FAULTS, REQUESTS
 
 from cclmpc_dist import cli
 from cclmpc_dist.data import store
-from cclmpc_dist.data.index import INDEX, MANIFEST, Index
+from cclmpc_dist.data.index import INDEX, MANIFEST, VAL, Index
 from cclmpc_dist.data.verify import cases, inspect, verify
 
 OTHERS = "its bytes are not those that were written (sha256), 3 times fetched: copy the corpus there again"
@@ -167,8 +167,14 @@ def test_plan_tells_of_a_url_what_it_tells_of_the_folder(
                 yaml.safe_dump(toy.settings(place, tmp_path, data__cache=str(tmp_path / "cache")))
             )
             plans.append(said("plan", tmp_path / "c.yaml", "--ranks", "2"))
+        noted = said("train", tmp_path / "c.yaml", "--dry-run")
     assert plans[1].replace(url, str(toy_corpus)) == plans[0]
-    assert json.loads(plans[1])["corpus"] == url
+    told = json.loads(plans[1])
+    assert told["corpus"] == url
+    index = Index.open(toy_corpus)
+    pages = [-(-index.shard_path(shard).stat().st_size // 4096) for shard in set(index["shard"][index["split"] != VAL])]
+    assert told["cache_mib"] == round(sum(pages) / 256, 1), "a shard that both streams read is held once"
+    assert f"the blocks in use take up to {sum(pages) / 2**18:.2g} GiB over all ranks" in noted
 
 
 @pytest.mark.parametrize("verb", ["verify", "inspect"])

@@ -77,8 +77,24 @@ def _in_order(stays: Iterable[Stay]) -> list[int]:
 
 def blocks(index: Index, order: Order) -> int:
     """Bytes of the blocks in use at most, as a disk holds them: one for each lane of all ranks."""
-    sizes = [-(-shard["bytes"] // PAGE) * PAGE for shard in index.manifest["shards"]]
-    return min(sum(sizes), order.batch_size * order.block * max(sizes))
+    sizes = sorted(_sizes(index, order).values(), reverse=True)
+    return sum(sizes[: order.batch_size * order.block])
+
+
+def in_use(streams: Iterable[tuple[Index, Order]]) -> int:
+    """The same of several streams; a shard that two of them read is held once."""
+    held: dict[str, dict[int, int]] = {}  # corpus: bytes of each of its shards
+    most: dict[str, int] = {}
+    for index, order in streams:
+        held.setdefault(index.identity, {}).update(_sizes(index, order))
+        most[index.identity] = most.get(index.identity, 0) + blocks(index, order)
+    return sum(min(most[corpus], sum(sizes.values())) for corpus, sizes in held.items())
+
+
+def _sizes(index: Index, order: Order) -> dict[int, int]:
+    """Bytes of each shard that holds a sample of the order."""
+    entries = index.manifest["shards"]
+    return {shard: -(-entries[shard]["bytes"] // PAGE) * PAGE for shard in index["shard"][order.firsts].tolist()}
 
 
 @contextmanager

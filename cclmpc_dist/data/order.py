@@ -81,6 +81,11 @@ class Order:
         """Samples that come once more than others in an epoch, summed: G L - n."""
         return self.batch_size * self.steps - self.n
 
+    @property
+    def firsts(self) -> np.ndarray:
+        """Index row of the first sample in each shard that holds any."""
+        return self.samples[self._first]
+
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a global step."""
         return divmod(step, self.steps)

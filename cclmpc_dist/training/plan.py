@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cclmpc_dist.config import Config
+from cclmpc_dist.data.ahead import blocks
 from cclmpc_dist.data.columns import chunks
 from cclmpc_dist.data.index import DTYPES, Index, select
 from cclmpc_dist.data.loader import Mixture, Stream
@@ -33,26 +34,24 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
     return {
         "corpus": config.data.path, "ranks": ranks, "steps": sum(setup.steps_of_phases(config, method, streams)),
         "index_mib": round(sum(index.file.stat().st_size for index in indexes) / MIB, 2), "streams": shares,
-        "cache_mib": round(sum(share["cache_mib"] for share in shares.values()), 1),
+        "cache_mib": round(setup.cache_bytes(streams) / MIB, 1),
         "batches_mib_a_rank": round(sum(share["batches_mib_a_rank"] for share in shares.values()), 1),
     }  # fmt: skip
 
 
 def _share(config: Config, stream: Mixture, part: Stream, ranks: int) -> dict[str, Any]:
-    """cache_mib: the largest that the blocks in use of all lanes can be, over all ranks."""
+    """cache_mib: what the blocks in use of all lanes take at most, over all ranks; streams of a corpus share shards."""
     index, order, rows = part.index, part.order, part.order.samples
     size = sum(_sum(index, f"{kind}_bytes", rows) for kind in ("image", "json", *["label"][: part.with_label]))
-    shards = np.unique(index.of("shard", rows))
-    held = np.sort([index.manifest["shards"][shard]["bytes"] for shard in shards.tolist()])[::-1]
     lanes = max(len(own) for rank in range(ranks) for owner, own in _split(stream, rank, ranks) if owner is part)
     voxel_bytes = index.channels * _itemsize(stream) + part.with_label
     waiting = 2 + AHEAD * config.data.workers  # the one in use, the next, and those read ahead
     return {
         "corpus": str(index.path),
         "samples": order.n, "batch": order.batch_size, "lanes_a_rank": lanes,
-        "steps_an_epoch": order.steps, "repeats_an_epoch": order.repeats, "shards": len(held),
+        "steps_an_epoch": order.steps, "repeats_an_epoch": order.repeats, "shards": len(order.firsts),
         "read_mib_a_rank_and_epoch": round(size * lanes * order.steps / order.n / MIB, 1),
-        "cache_mib": round(int(held[: order.batch_size * config.data.block].sum()) / MIB, 1),
+        "cache_mib": round(blocks(index, order) / MIB, 1),
         "batches_mib_a_rank": round(lanes * math.prod(config.data.patch) * voxel_bytes * waiting / MIB, 1),
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cclmpc_dist.config import Config, check_world
-from cclmpc_dist.data.ahead import blocks
+from cclmpc_dist.data.ahead import in_use
 from cclmpc_dist.data.columns import chunks
 from cclmpc_dist.data.index import Index, training
 from cclmpc_dist.data.loader import Mixture, Stream
@@ -139,12 +139,21 @@ def label_notes(config: Config, index: Index, cases: dict[str, np.ndarray]) -> l
             f"(--labelled {given}): the configuration holds"]  # fmt: skip
 
 
+def cache_bytes(streams: dict[str, Mixture]) -> int:
+    """What the blocks in use take of data.cache at most, over all ranks; of no remote corpus, what they would take."""
+    parts = _remote(streams) or [part for stream in streams.values() for part in stream.parts]
+    return in_use((part.index, part.order) for part in parts)
+
+
+def _remote(streams: dict[str, Mixture]) -> list[Stream]:
+    return [part for stream in streams.values() for part in stream.parts if isinstance(part.index, RemoteIndex)]
+
+
 def cache_notes(config: Config, streams: dict[str, Mixture]) -> list[str]:
     """What the run needs of data.cache, where a corpus is remote."""
-    parts = [part for stream in streams.values() for part in stream.parts if isinstance(part.index, RemoteIndex)]
-    if not parts:
+    if not _remote(streams):
         return []
-    used, limit = sum(blocks(part.index, part.order) for part in parts) / GIB, config.data.cache_gib
+    used, limit = cache_bytes(streams) / GIB, config.data.cache_gib
     note = f"data.cache: {config.data.cache}, {limit:g} GiB; the blocks in use take up to {used:.2g} GiB over all ranks"
     few = [f"warning: {note}, and the cache with them: next to nothing is fetched ahead: raise data.cache_gib, or in a "
            "new run lower data.block"]  # fmt: skip
