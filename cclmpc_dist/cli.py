@@ -190,6 +190,8 @@ def inspect(
     from cclmpc_dist.data import verify as room
     from cclmpc_dist.data.remote import visited
 
+    if sheet is not None and (sheet.is_dir() or not os.access(sheet.parent, os.W_OK)):
+        raise InputError(f"--sheet {sheet}: cannot be written: name a PNG file in a folder that is there")
     with visited(path, cache, _bytes(cache_gib) if cache else sys.maxsize, check=True) as index:
         if cases:
             for case in room.cases(index):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,13 @@ def test_a_grace_period_shorter_than_two_saves_is_warned_of(
     assert said.count("warning: 1e-06 s of grace are too few: a save takes") == 1
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["perf/save_seconds"] > 0
-    said = toy.run(1, "train", configuration)
-    assert "warning: 1e-06 s of grace" in said
-    assert "nothing to do" in said
+    last = tmp_path / "toy/checkpoints/step-000000008"
+    shutil.rmtree(last)
+    assert "warning: 1e-06 s of grace" in toy.run(1, "train", configuration)
+    shutil.rmtree(last)
     monkeypatch.setenv("CCLMPC_GRACE_SECONDS", "3600")
     assert "warning" not in toy.run(1, "train", configuration)
+    assert toy.run(1, "train", configuration) == f"{tmp_path / 'toy'}: its budget is spent, nothing to do\n"
 
 
 def test_a_grace_period_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

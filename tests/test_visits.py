@@ -177,6 +177,12 @@ def test_plan_tells_of_a_url_what_it_tells_of_the_folder(
     assert f"the blocks in use take up to {sum(pages) / 2**18:.2g} GiB over all ranks" in noted
 
 
+@pytest.mark.parametrize("sheet", [".", "nowhere/cases.png"])
+def test_a_sheet_that_cannot_be_written_is_told_first(sheet: str, tmp_path: Path, said: Callable[..., str]) -> None:
+    told = said("inspect", tmp_path / "no corpus", "--sheet", tmp_path / sheet)
+    assert told.startswith(f"cclmpc: --sheet {tmp_path / sheet}: cannot be written: ")
+
+
 @pytest.mark.parametrize("verb", ["verify", "inspect"])
 def test_what_is_no_corpus_is_told_in_one_line(verb: str, served: tuple[Path, str], said: Callable[..., str]) -> None:
     folder, url = served

@@ -144,10 +144,11 @@ class Trainer:
         return sum(self.batches[name] for name in self._phase.streams) * self.config.accumulate
 
     def _introduce(self, at: int, told: list[str]) -> None:
-        spent = self.done == self.total
+        if self.done == self.total:
+            self.monitor.say(f"{self.config.folder}: its budget is spent, nothing to do")
+            return
         where = f"going on from step {at}" if at >= 0 else "starting at step 0"
-        for line in [f"{self.config.folder}: {'its budget is spent, nothing to do' if spent else where}",
-                     *(told if not spent else [])]:  # fmt: skip
+        for line in [f"{self.config.folder}: {where}", *told]:
             self.monitor.say(line)
         self.describe()
         self._check_grace()
