@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -44,6 +44,7 @@ def _cclmpc(
 
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # exit codes; 75 asks the launcher to start the run again
+UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])  # click's own, or that of typer's copy
 Run = Annotated[Path, typer.Argument(help="a run folder, runs/<name>")]
 
 
@@ -341,13 +342,31 @@ def _unsaid(text: str) -> bool:
     return True
 
 
+def _run() -> int:
+    """The exit code. Raises InputError for words of the command line that it does not take."""
+    try:
+        return app(prog_name="cclmpc", standalone_mode=False) or 0
+    except UsageError as error:
+        if type(error).show is not UsageError.show:  # type: ignore[attr-defined]
+            error.show()  # type: ignore[attr-defined] # no words at all: the help
+            return BAD_INPUT
+        raise InputError(_usage(error)) from None
+
+
+def _usage(error: Any) -> str:
+    """One line for a usage error."""
+    told = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    path = error.ctx.command_path if error.ctx else "cclmpc"
+    return f"{told[0].lower()}{told[1:]}{'' if told.endswith('?') else ':'} see `{path} --help`"
+
+
 def main() -> None:
     """Run a verb and leave with its exit code: 0 done, 1 failed, 2 bad input, 75 preempted and saved."""
     # DDP warns whenever a step happens to use every parameter; the search it advises against is needed (runtime.start).
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own marks, below which it says nothing anyway
     try:
-        app()
+        sys.exit(_run())
     except InputError as error:
         if _unsaid(str(error)):
             for line in str(error).splitlines():

@@ -130,17 +130,26 @@ def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -
         (["report", "{tmp}"], "no run folder: name one that `cclmpc train` wrote"),
         (["shard", "nowhere", "--format", "la-h5", "--out", "{tmp}/o"], "nowhere: no such folder"),
         (["shard", "many", "--format", "phantom", "--out", "{tmp}/o"], "many: --format phantom takes a number"),
-        (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'jpeg' is not one of"),
-        (["doctor", "runs"], "unexpected extra argument"),
-        (["train"], "Missing argument"),
-        (["trian"], "No such command"),
+        (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'phantom': see `cclmpc shard --help`"),
+        (["doctor", "runs"], "unexpected extra argument(s) (runs): see `cclmpc doctor --help`"),
+        (["train"], "missing argument 'config': see `cclmpc train --help`"),
+        (["bench", "stp"], "no such command 'stp'"),
+        (["trian"], "no such command 'trian'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path, inside: Inside) -> None:
     code, printed = inside(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == 2, printed
     assert said in printed
-    assert "Traceback" not in printed
+    assert printed.startswith("cclmpc: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["bench"]])
+def test_no_words_are_answered_with_the_help(words: list[str], inside: Inside) -> None:
+    code, printed = inside(*words)
+    assert code == 2
+    assert "Commands:" in printed
 
 
 @pytest.mark.parametrize(
