@@ -21,12 +21,8 @@ from ray.util.metrics import Gauge
 
 from cclmpc_dist.cli import BAD_INPUT, FAILED, PREEMPTED
 from cclmpc_dist.config import Config, load, parse
-from cclmpc_dist.data.index import select
-from cclmpc_dist.data.remote import open_corpora
 from cclmpc_dist.distributed import doctor, runtime
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.methods.method import Corpus
-from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import run, setup, trainer
 
 WORKERS_ENVIRONMENT = {
@@ -157,9 +153,7 @@ def check(config: Config, workers: tuple[int, int]) -> None:
 
     An elastic run must be able to go on at any number of workers, with the same batches.
     """
-    indexes = open_corpora(config.data)
-    method = create(config, Corpus(indexes[0].channels, indexes[0].classes))
-    cases = select(indexes[0], config.data.labelled, config.data.select)
+    indexes, method, cases = setup.corpora(config)
     counts = range(workers[0], workers[1] + 1)
     sizes = {tuple(_batches(setup.streams(config, indexes, method, cases, count))) for count in counts}
     if len(sizes) > 1:

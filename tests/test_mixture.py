@@ -212,8 +212,11 @@ def test_corpora_that_do_not_fit_are_refused_in_one_line(toy_corpus, tmp_path, m
         planned(toy_corpus, tmp_path, {"other": {"path": str(other), "batch": 2}})
     assert str(error.value).startswith(told.format(other, toy_corpus))
     assert "\n" not in str(error.value)
-    said = planned(toy_corpus, tmp_path, {"other": {"path": str(other), "batch": 2}}, method="supervised")
-    assert list(said["streams"]) == ["labelled"], "a method that takes no unlabelled images does not mind"
+
+
+def test_a_method_without_unlabelled_images_opens_no_further_corpus(toy_corpus, tmp_path):
+    nowhere = {"other": {"path": str(tmp_path / "nowhere"), "batch": 2}}
+    assert list(planned(toy_corpus, tmp_path, nowhere, method="supervised")["streams"]) == ["labelled"]
 
 
 def test_without_labels_the_number_of_classes_says_nothing(tmp_path):

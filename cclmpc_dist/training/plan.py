@@ -8,13 +8,10 @@ import numpy as np
 from cclmpc_dist.config import Config
 from cclmpc_dist.data.ahead import blocks
 from cclmpc_dist.data.columns import chunks
-from cclmpc_dist.data.index import DTYPES, Index, select
+from cclmpc_dist.data.index import DTYPES, Index
 from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.order import rank_lanes
-from cclmpc_dist.data.remote import open_corpora
 from cclmpc_dist.data.workers import AHEAD
-from cclmpc_dist.methods.method import Corpus
-from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import setup
 
 MIB = 2**20
@@ -26,9 +23,7 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
 
     Bytes are of whole samples, as remote and compressed shards are read; crops of raw local shards read less.
     """
-    indexes = open_corpora(config.data)
-    method = create(config, Corpus(indexes[0].channels, indexes[0].classes))
-    cases = select(indexes[0], config.data.labelled, config.data.select)
+    indexes, method, cases = setup.corpora(config)
     streams = setup.streams(config, indexes, method, cases, ranks)
     shares = {part.name: _share(config, stream, part, ranks) for stream in streams.values() for part in stream.parts}
     return {

@@ -9,14 +9,30 @@ from torch import nn
 from cclmpc_dist.config import Config, check_world
 from cclmpc_dist.data.ahead import in_use
 from cclmpc_dist.data.columns import chunks
-from cclmpc_dist.data.index import Index, training
+from cclmpc_dist.data.index import Index, select, training
 from cclmpc_dist.data.loader import Mixture, Stream
-from cclmpc_dist.data.remote import GIB, RemoteIndex
+from cclmpc_dist.data.remote import GIB, RemoteIndex, open_corpora
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.methods.method import Method
+from cclmpc_dist.methods.method import Corpus, Method, Phase
+from cclmpc_dist.methods.registry import METHODS, create
 from cclmpc_dist.training.schedule import total_steps
 
 Part = tuple[str, Index, np.ndarray, int]  # name, corpus, samples, lanes
+
+
+def corpora(config: Config) -> tuple[list[Index], Method, dict[str, np.ndarray]]:
+    """The corpora that the method draws from, that of data.path first; the method; and data.path's cases, as select
+    parts them. Raises InputError."""
+    data = config.data
+    if "unlabelled" not in _streams_of(METHODS[config.method].phases):
+        data = data.model_copy(update={"further": {}})
+    indexes = open_corpora(data)
+    method = create(config, Corpus(indexes[0].channels, indexes[0].classes))
+    return indexes, method, select(indexes[0], data.labelled, data.select)
+
+
+def _streams_of(phases: Sequence[Phase]) -> list[str]:
+    return list({name: None for phase in phases for name in phase.streams})
 
 
 def module(config: Config, method: Method) -> nn.Module:
@@ -30,14 +46,13 @@ def module(config: Config, method: Method) -> nn.Module:
 def streams(
     config: Config, indexes: Sequence[Index], method: Method, cases: dict[str, np.ndarray], world_size: int
 ) -> dict[str, Mixture]:
-    """The streams of all the method's phases. indexes: as open_corpora gives them; cases: as select does, of the first.
+    """The streams of all the method's phases. The rest is what `corpora` gives.
 
     Raises InputError with every way in which the settings do not fit.
     """
-    names = list({name: None for phase in method.phases for name in phase.streams})
+    names = _streams_of(method.phases)
     parts = {name: _parts(config, indexes, cases, name, world_size) for name in names}
-    read = indexes if "unlabelled" in names else indexes[:1]
-    problems = check_world(config, names, world_size) + _misfits(config, read)
+    problems = check_world(config, names, world_size) + _misfits(config, indexes)
     problems += [
         f"{index.path} leaves no case for the {part} stream: {_remedy(config, part)}"
         for found in parts.values()

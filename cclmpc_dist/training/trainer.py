@@ -17,9 +17,7 @@ from torch.profiler import record_function
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.data import draws
-from cclmpc_dist.data.index import select
 from cclmpc_dist.data.loader import loader, to_device
-from cclmpc_dist.data.remote import open_corpora
 from cclmpc_dist.data.store import PATIENCE
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.exchange import COLLECTIVE_TIMEOUT
@@ -27,8 +25,7 @@ from cclmpc_dist.distributed.watch import Watch
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.cases import evaluate_cases
 from cclmpc_dist.losses.terms import Additive
-from cclmpc_dist.methods.method import Corpus, Phase
-from cclmpc_dist.methods.registry import create
+from cclmpc_dist.methods.method import Phase
 from cclmpc_dist.training import preemption, profiling, run, setup, strategy
 from cclmpc_dist.training.checkpoint import Checkpoints
 from cclmpc_dist.training.ema import Ema
@@ -66,10 +63,8 @@ class Trainer:
         self.listener = listener
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world_size()
-        self.indexes = open_corpora(config.data)
+        self.indexes, self.method, self.cases = setup.corpora(config)
         self.index = self.indexes[0]  # of data.path: validation is on its cases
-        self.method = create(config, Corpus(self.index.channels, self.index.classes))
-        self.cases = select(self.index, config.data.labelled, config.data.select)
         self.streams = setup.streams(config, self.indexes, self.method, self.cases, self.world)
         self.batches = {name: stream.batch_size for name, stream in self.streams.items()}
         self.totals = setup.steps_of_phases(config, self.method, self.streams)
