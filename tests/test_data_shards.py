@@ -184,6 +184,17 @@ def test_missing_shard(corpus):
     assert ["shard-000001.tar: missing" in line for line in verify(corpus.path)] == [True]
 
 
+def test_shards_that_lack_are_told_together_up_to_a_number(tmp_path):
+    index = write(tmp_path, numbered(12), shard_bytes=1)
+    for number in range(1, 12):
+        index.shard_path(number).unlink()
+    with pytest.raises(InputError) as error:
+        Index.open(tmp_path)
+    *lines, last = str(error.value).splitlines()
+    assert [line.partition(": missing")[0] for line in lines] == [str(index.shard_path(n)) for n in range(1, 9)]
+    assert last == f"{tmp_path}: 3 more problems: `cclmpc verify {tmp_path}` tells them all"
+
+
 def test_truncated_shard(corpus):
     path = corpus.shard_path(0)
     path.write_bytes(path.read_bytes()[:-2000])

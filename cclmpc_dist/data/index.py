@@ -16,7 +16,7 @@ from cclmpc_dist.data import sound
 from cclmpc_dist.data.columns import INDEX, UNCLIPPED, VERSION, chunks, mapped
 from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.data.store import Url
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, refuse
 
 MANIFEST = "manifest.json"
 SHA256 = "[0-9a-f]{64}"  # cached files are named by it
@@ -59,13 +59,12 @@ class Index:
         """The index of a folder that `shards.write` or `merge` made.
 
         With `check`, the index is hashed and every shard must be there in full size. Raises InputError naming
-        the file.
+        the files.
         """
         path = Path(path)
         index = cls(path, _manifest(path))
-        problems = index.problems() if check else []
-        if problems:
-            raise InputError(problems[0])
+        if check:
+            refuse(path, index.problems())
         return index
 
     def __len__(self) -> int:

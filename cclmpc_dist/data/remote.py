@@ -13,7 +13,7 @@ from cclmpc_dist.data import store
 from cclmpc_dist.data.cache import Blob, Cache
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
 from cclmpc_dist.data.store import Url
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, refuse
 
 LARGEST_MANIFEST = 1 << 30  # bytes [F]
 GIB = 1 << 30
@@ -37,7 +37,7 @@ def _checked(path: str, cache: Cache | None) -> Index:
         return Index.open(path)
     assert cache is not None, "a URL has a cache"
     index = _opened(Url(path), cache)
-    _refuse(index)
+    refuse(index.path, index.problems())
     return index
 
 
@@ -56,14 +56,8 @@ def visited(path: str, cache: Path | None, limit: int, check: bool) -> Iterator[
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="cclmpc-") as folder:
         index = _opened(Url(path), Cache(folder, limit))
         if check:
-            _refuse(index)
+            refuse(index.path, index.problems())
         yield index
-
-
-def _refuse(index: Index) -> None:
-    problems = index.problems()
-    if problems:
-        raise InputError(problems[0])
 
 
 def _opened(url: Url, cache: Cache) -> "RemoteIndex":
