@@ -365,38 +365,6 @@ def url_problems(url: str) -> list[str]:
     return problems
 
 
-def check_world(config: Config, streams: Sequence[str], world_size: int) -> list[str]:
-    """Batches that the ranks cannot share evenly. One line a problem."""
-    problems = []
-    for stream in streams:
-        size = config.batch(stream, world_size)
-        if size % world_size:
-            up = math.ceil(size / world_size) * world_size
-            problems.append(
-                f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
-            )
-    if "unlabelled" in streams and (left := config.lanes(world_size)[0]) < 0:
-        size = config.batch("unlabelled", world_size)
-        problems.append(f"data.batch_unlabelled = {size} is less than the {size - left} images of data.further: raise "
-                        "it, by as many as data.path is to give")  # fmt: skip
-    if config.method != "ccl_mpc":
-        return problems
-    contrast = config.ccl_mpc.contrast
-    if world_size % (contrast.group or world_size):
-        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {world_size} rank(s): start a "
-                        f"multiple of {contrast.group}, or in a new run set a divisor or null")  # fmt: skip
-    offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
-    offered *= config.accumulate
-    sharded = contrast.bank_layout == "sharded"
-    if sharded:
-        offered = math.ceil(offered / world_size)
-    if config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
-        remedy = "start more ranks, or in a new run" if sharded else "take bank_layout: sharded, or"
-        problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
-                        f"{remedy} set it to {offered} or more, to 0 for none, or bank_offer lower")  # fmt: skip
-    return problems
-
-
 def dump(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)

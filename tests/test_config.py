@@ -8,8 +8,9 @@ import pytest
 import toy
 import yaml
 
-from cclmpc_dist.config import Config, check_world, dump, load
+from cclmpc_dist.config import Config, dump, load
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.training.setup import check_world
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

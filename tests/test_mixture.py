@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_loader import damaged, joined, same
 
-from cclmpc_dist.config import check_world, load
+from cclmpc_dist.config import load
 from cclmpc_dist.data import encode
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index
@@ -229,9 +229,9 @@ def test_without_labels_the_number_of_classes_says_nothing(tmp_path):
 def test_further_settings_that_cannot_be_are_refused(toy_corpus, tmp_path):
     other = {"path": str(tmp_path / "other"), "batch": 8}
     config = toy.config(toy_corpus, tmp_path, data__further={"a": other})
-    (line,) = check_world(config, ["labelled", "unlabelled"], 1)
+    (line,) = setup.check_world(config, ["labelled", "unlabelled"], 1)
     assert line.startswith("data.batch_unlabelled = 6 is less than the 8 images of data.further: raise it")
-    assert not check_world(config, ["labelled"], 1), "a method that takes no unlabelled images does not mind"
+    assert not setup.check_world(config, ["labelled"], 1), "a method that takes no unlabelled images does not mind"
     with pytest.raises(InputError, match="are the same corpus, whose labelled cases would be unlabelled too"):
         planned(toy_corpus, tmp_path, {"a": {"path": str(toy_corpus), "batch": 2}})
     copy = shutil.copytree(toy.corpus(tmp_path / "other", cases=4, val_last=0), tmp_path / "copy")

@@ -43,7 +43,7 @@ def own_group(size: int | None) -> Group:
     if world == 1:
         return None
     size = size or world
-    assert world % size == 0, "config.check_world has made sure"
+    assert world % size == 0, "setup.check_world has made sure"
     return dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)[0]
 
 

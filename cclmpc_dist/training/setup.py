@@ -1,12 +1,13 @@
 """What a run trains on: its streams, and how many steps its budget is."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from cclmpc_dist.config import Config, check_world
+from cclmpc_dist.config import Config
 from cclmpc_dist.data.ahead import in_use
 from cclmpc_dist.data.columns import chunks
 from cclmpc_dist.data.index import Index, select, training
@@ -65,6 +66,38 @@ def streams(
         name: Mixture([_stream(config, part, index, rows, lanes) for part, index, rows, lanes in found if lanes])
         for name, found in parts.items()
     }
+
+
+def check_world(config: Config, streams: Sequence[str], world_size: int) -> list[str]:
+    """Batches that the ranks cannot share evenly. One line a problem."""
+    problems = []
+    for stream in streams:
+        size = config.batch(stream, world_size)
+        if size % world_size:
+            up = math.ceil(size / world_size) * world_size
+            problems.append(
+                f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
+            )
+    if "unlabelled" in streams and (left := config.lanes(world_size)[0]) < 0:
+        size = config.batch("unlabelled", world_size)
+        problems.append(f"data.batch_unlabelled = {size} is less than the {size - left} images of data.further: raise "
+                        "it, by as many as data.path is to give")  # fmt: skip
+    if config.method != "ccl_mpc":
+        return problems
+    contrast = config.ccl_mpc.contrast
+    if world_size % (contrast.group or world_size):
+        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {world_size} rank(s): start a "
+                        f"multiple of {contrast.group}, or in a new run set a divisor or null")  # fmt: skip
+    offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
+    offered *= config.accumulate
+    sharded = contrast.bank_layout == "sharded"
+    if sharded:
+        offered = math.ceil(offered / world_size)
+    if config.ccl_mpc.lambda_cgcl and 0 < contrast.bank < offered:
+        remedy = "start more ranks, or in a new run" if sharded else "take bank_layout: sharded, or"
+        problems.append(f"ccl_mpc.contrast.bank = {contrast.bank} holds less than one step's {offered} offers a class: "
+                        f"{remedy} set it to {offered} or more, to 0 for none, or bank_offer lower")  # fmt: skip
+    return problems
 
 
 def _parts(
