@@ -11,9 +11,6 @@ variant has a process of its own, the variants in turns; reading the volume and 
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +21,9 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from variants import Record, records, tell
 
+from cclmpc_dist.benching.alone import alone, answer
 from cclmpc_dist.config import Model
 from cclmpc_dist.distributed.runtime import keep_memory
 from cclmpc_dist.evaluation.inference import sliding_window, starts
@@ -32,7 +31,6 @@ from cclmpc_dist.evaluation.metrics import mask_metrics
 from cclmpc_dist.losses.certainty import likeliest
 from cclmpc_dist.losses.segmentation import log_softmax, seg, softmax
 from cclmpc_dist.models.dual_branch import DualBranch
-from cclmpc_dist.training.run import environment
 
 PATCH, STRIDE, CLASSES = (112, 112, 80), (18, 18, 4), 2
 SPACING = (0.625,) * 3
@@ -111,8 +109,8 @@ def medpy(prediction: np.ndarray, label: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def answer(variant: str, volume: Path, weights: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Seconds of the parts, metrics and number of windows; and the prediction."""
+def score(variant: str, volume: str, weights: str, out: str) -> dict[str, Any]:
+    """Seconds of the parts, metrics and number of windows; the prediction goes to `out`."""
     ours = variant != THEIRS
     if ours:
         keep_memory()
@@ -120,7 +118,7 @@ def answer(variant: str, volume: Path, weights: Path) -> tuple[dict[str, Any], n
     module.load_state_dict(torch.load(weights, weights_only=True))
     if ours:
         module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    image, label = read(volume)
+    image, label = read(Path(volume))
     net = Timed(lambda x: module(x)["conv"])
     with torch.autocast("cpu", torch.bfloat16, enabled=VARIANTS[variant] == "bf16"):
         net(torch.zeros(1, 1, *PATCH))
@@ -131,11 +129,12 @@ def answer(variant: str, volume: Path, weights: Path) -> tuple[dict[str, Any], n
             predict = partial(ua_mt, net, image)
         whole = Timed(predict)
         prediction = whole() > 0
-    score = Timed(partial(mask_metrics, spacing=SPACING) if ours else medpy)
-    metrics = score(prediction, label)
+    scorer = Timed(partial(mask_metrics, spacing=SPACING) if ours else medpy)
+    metrics = scorer(prediction, label)
+    np.save(out, prediction)
     windows = np.prod([len(starts(n, p, s)) for n, p, s in zip(image.shape, PATCH, STRIDE, strict=True)])
-    parts = {"network": net.seconds, "windows": whole.seconds - net.seconds, "metrics": score.seconds}
-    return {"parts": parts, "metrics": {name: metrics[name] for name in METRICS}, "windows": int(windows)}, prediction
+    parts = {"network": net.seconds, "windows": whole.seconds - net.seconds, "metrics": scorer.seconds}
+    return {"parts": parts, "metrics": {name: metrics[name] for name in METRICS}, "windows": int(windows)}
 
 
 def ours_whole(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
@@ -148,27 +147,26 @@ def ours_whole(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -
     return likeliest(found[None])[0].to(torch.uint8).numpy()
 
 
-def measure(volumes: list[Path], steps: int) -> list[dict[str, Any]]:
-    records = []
+def measure(volumes: list[Path], steps: int) -> list[Record]:
+    told = []
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "weights.pt"
         torch.save(lesson(volumes, steps), weights)
         for volume in volumes:
             found = {variant: _in_process(variant, volume, weights, Path(place)) for variant in VARIANTS}
-            records += _records(volume.name, found)
-    return records
+            told += _records(volume.name, found)
+    return told
 
 
 def _in_process(variant: str, volume: Path, weights: Path, place: Path) -> tuple[dict[str, Any], np.ndarray]:
     prediction = place / "prediction.npy"
-    command = [sys.executable, __file__, str(volume), "--variant", variant, "--weights", str(weights)]
-    told = subprocess.run([*command, "--out", str(prediction)], check=True, capture_output=True, text=True).stdout
-    return json.loads(told), np.load(prediction)
+    told = alone(score, variant=variant, volume=str(volume), weights=str(weights), out=str(prediction))
+    return told, np.load(prediction)
 
 
-def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> list[dict[str, Any]]:
+def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> list[Record]:
     first, truth = found[THEIRS]
-    records = []
+    kept = []
     for variant, (told, prediction) in found.items():
         seconds = sum(told["parts"].values())
         apart = max(abs(told["metrics"][name] - first["metrics"][name]) for name in METRICS)
@@ -182,9 +180,8 @@ def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> 
             "largest_metric_difference": (apart, "fraction or voxel"),
             "dice": (told["metrics"]["dice"], "fraction"),
         }
-        common = {"bench": "evaluate_la", "case": case, "variant": variant}
-        records += [common | {"metric": name, "value": value, "unit": unit} for name, (value, unit) in values.items()]
-    return records
+        kept += records("evaluate_la", case, variant, values)
+    return kept
 
 
 def main() -> None:
@@ -193,20 +190,10 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="of training before")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        told, prediction = answer(arguments.variant, arguments.la, arguments.weights)
-        np.save(arguments.out, prediction)
-        print(json.dumps(told))
-        return
     volumes = [path.parent for path in sorted(arguments.la.glob("*/mri_norm2.h5"))[: arguments.volumes]]
-    records = measure(volumes, arguments.steps)
-    arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
-    for record in records:
-        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
+    tell(measure(volumes, arguments.steps), arguments.out)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not answer(score):
     main()

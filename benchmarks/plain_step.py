@@ -14,10 +14,7 @@ runs in a process of its own, the variants in turns, round by round; a process t
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,8 +24,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from variants import Record, in_turns, records, tell
 
-from cclmpc_dist.benching.alone import memory
+from cclmpc_dist.benching.alone import alone, answer, memory
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data import draws
 from cclmpc_dist.data.index import Index, select
@@ -39,7 +37,6 @@ from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.models import vnet
 from cclmpc_dist.training.objective import objective
-from cclmpc_dist.training.run import environment
 
 COMMON = ["model.norm=instance", "model.dropout=0", "ccl_mpc.t_contrast=0"]
 PLAIN, WHOLE, KEPT = "plain", "plain, whole passes", "plain, freed memory kept"
@@ -174,16 +171,14 @@ def take(config: str, overrides: list[str], variant: str, steps: int) -> dict[st
     }
 
 
-def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[Record]:
     """Records of every variant."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        for name, rows in found.items():
-            command = [sys.executable, __file__, config, *overrides, "--variant", name, "--steps", str(steps)]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    found = in_turns(
+        VARIANTS, rounds, lambda name: alone(take, config=config, overrides=overrides, variant=name, steps=steps)
+    )
     seconds = {name: [s for row in rows for s in row["seconds"]] for name, rows in found.items()}
     case = " ".join([Path(config).stem, *overrides])
-    records = []
+    told = []
     for name, rows in found.items():
         values = {
             "seconds": (statistics.median(seconds[name]), "s"),
@@ -193,9 +188,8 @@ def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[
             "memory": (max(row["memory"] for row in rows), "MiB"),
             "loss": (rows[0]["losses"][0], "1"),
         }
-        common = {"bench": "plain_step", "case": case, "variant": name}
-        records += [common | {"metric": metric, "value": v, "unit": unit} for metric, (v, unit) in values.items()]
-    return records
+        told += records("plain_step", case, name, values)
+    return told
 
 
 def main() -> None:
@@ -205,17 +199,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of each variant in a round, after warming up")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        print(json.dumps(take(arguments.config, arguments.overrides, arguments.variant, arguments.steps)))
-        return
-    records = measure(arguments.config, arguments.overrides, arguments.rounds, arguments.steps)
-    for record in records:
-        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
+    tell(measure(arguments.config, arguments.overrides, arguments.rounds, arguments.steps), arguments.out)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not answer(take):
     main()

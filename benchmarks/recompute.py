@@ -8,40 +8,36 @@ the choices in turns, round by round. The loss of the last step tells whether al
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 from plain_step import take
+from variants import Record, in_turns, records, tell
 
-from cclmpc_dist.training.run import environment
+from cclmpc_dist.benching.alone import alone
 
 CHOICES = ("[]", "[1]", "[1,2]", "[1,2,4]", "[1,2,4,8,16]")  # strides
 VARIANT = "ours, bf16, channels last"
-UNITS = {"seconds": "s", "memory": "MiB", "loss": "1"}
 
 
-def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
-    found: dict[str, list[dict[str, Any]]] = {choice: [] for choice in CHOICES}
-    for _ in range(rounds):
-        for choice, rows in found.items():
-            command = [sys.executable, __file__, config, *overrides, f"model.recompute={choice}"]
-            command += ["--steps", str(steps), "--one"]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[Record]:
+    found = in_turns(
+        CHOICES,
+        rounds,
+        lambda choice: alone(
+            take, config=config, overrides=[*overrides, f"model.recompute={choice}"], variant=VARIANT, steps=steps
+        ),
+    )
     case = " ".join([Path(config).stem, *overrides])
-    records = []
+    told = []
     for choice, rows in found.items():
         values = {
-            "seconds": statistics.median(second for row in rows for second in row["seconds"]),
-            "memory": statistics.median(row["memory"] for row in rows),
-            "loss": rows[0]["losses"][-1],
+            "seconds": (statistics.median(second for row in rows for second in row["seconds"]), "s"),
+            "memory": (statistics.median(row["memory"] for row in rows), "MiB"),
+            "loss": (rows[0]["losses"][-1], "1"),
         }
-        common = {"bench": "recompute", "case": case, "variant": choice}
-        records += [common | {"metric": name, "value": v, "unit": UNITS[name]} for name, v in values.items()]
-    return records
+        told += records("recompute", case, choice, values)
+    return told
 
 
 def main() -> None:
@@ -51,16 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="of each choice in a round, after warming up")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(take(arguments.config, arguments.overrides, VARIANT, arguments.steps)))
-        return
-    records = measure(arguments.config, arguments.overrides, arguments.rounds, arguments.steps)
-    for record in records:
-        print(f"{record['case']}, {record['variant']}: {record['metric']} {record['value']:.6g} {record['unit']}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"meta": environment(1), "records": records}, indent=1) + "\n")
+    tell(measure(arguments.config, arguments.overrides, arguments.rounds, arguments.steps), arguments.out)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,21 @@ from typing import Any
 
 
 def alone(measure: Callable[..., dict[str, Any]], **job: Any) -> dict[str, Any]:
-    """What `measure` finds in a process of its own. Its module, run as a program with a function's name and JSON of its
-    arguments, prints what that gives as JSON."""
-    command = [sys.executable, "-m", measure.__module__, measure.__name__, json.dumps(job)]
+    """What `measure` finds in a process of its own. Its module, or script, run as a program must `answer`."""
+    module = sys.modules[measure.__module__]
+    program = ["-m", module.__name__] if module.__package__ else [str(module.__file__)]
+    command = [sys.executable, *program, measure.__name__, json.dumps(job)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def answer(*measures: Callable[..., dict[str, Any]]) -> bool:
+    """In a program that `alone` started: call the one of `measures` that it names and print what that finds, as JSON.
+    False in any other program."""
+    known = {measure.__name__: measure for measure in measures}
+    if len(sys.argv) != 3 or sys.argv[1] not in known:
+        return False
+    print(json.dumps(known[sys.argv[1]](**json.loads(sys.argv[2]))))
+    return True
 
 
 def memory(field: str) -> int:

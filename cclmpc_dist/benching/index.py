@@ -5,9 +5,7 @@ size that hold nothing. Each measurement runs in a process of its own; memory is
 that after the imports, pages of the mapped index included.
 """
 
-import json
 import os
-import sys
 import tempfile
 import time
 from array import array
@@ -19,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cclmpc_dist.benching.alone import alone, memory
+from cclmpc_dist.benching.alone import alone, answer, memory
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.data.index import INDEX, MANIFEST, select
 from cclmpc_dist.data.loader import Mixture
@@ -188,4 +186,4 @@ def _plan(path: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(_merge, _start, _order, _plan)

@@ -6,9 +6,7 @@ matrix products a GPU may take in TF32 (`tf32`); the contrast widens bf16 to flo
 bf16 to measure.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cclmpc_dist.benching.alone import alone, memory
+from cclmpc_dist.benching.alone import alone, answer, memory
 from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.costs import Cost
@@ -222,5 +220,4 @@ def _predicted(case: str, exchange: Exchange, tile: int, size: dict[str, int]) -
 
 
 if __name__ == "__main__":
-    measures: dict[str, Callable[..., dict[str, Any]]] = {"_run": _run, "_differences": _differences}
-    print(json.dumps(measures[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(_run, _differences)

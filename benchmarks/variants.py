@@ -1,0 +1,34 @@
+"""What the scripts here share: variants measured in turns, records, and where these go."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from cclmpc_dist.training.run import environment
+
+Record = dict[str, Any]
+Found = dict[str, list[dict[str, Any]]]  # variant -> what each round found
+
+
+def in_turns(variants: Iterable[str], rounds: int, measure: Callable[[str], dict[str, Any]]) -> Found:
+    """Every variant once a round, so that a busy machine slows all."""
+    found: Found = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for variant, rows in found.items():
+            rows.append(measure(variant))
+    return found
+
+
+def records(bench: str, case: str, variant: str, values: dict[str, tuple[float, str]]) -> list[Record]:
+    """values: metric -> value and unit."""
+    common = {"bench": bench, "case": case, "variant": variant}
+    return [common | {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in values.items()]
+
+
+def tell(found: list[Record], out: Path | None) -> None:
+    """Print the records, and write them to a file if one is given."""
+    for one in found:
+        print(f"{one['case']}, {one['variant']}: {one['metric']} {one['value']:.6g} {one['unit']}")
+    if out:
+        out.write_text(json.dumps({"meta": environment(1), "records": found}, indent=1) + "\n")
