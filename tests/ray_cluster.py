@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from slurm_cluster import free_port
+
+from cclmpc_dist.benching.served import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))

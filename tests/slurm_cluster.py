@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from cclmpc_dist.benching.served import free_port
+
 NODES = {"node1": "127.0.0.2", "node2": "127.0.0.3"}
 CONFIGURATION = """
 ClusterName=loopback
@@ -191,12 +193,6 @@ def until(
             assert not strict, f"not after {patient:.0f} s: {what} {detail()}"
             return
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _variables(process: psutil.Process, *names: str) -> tuple[str | None, ...]:

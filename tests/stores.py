@@ -7,16 +7,15 @@ private memory in MiB.
 import fcntl
 import hashlib
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from cclmpc_dist.benching.served import free_port, listens
 from cclmpc_dist.config import Data
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.loader import Mixture, Stream, loader
@@ -26,11 +25,6 @@ os.environ["no_proxy"] = "127.0.0.1,localhost"
 HERE = Path(__file__).resolve().parent
 PATCH = (4, 4, 4)
 BATCH, BLOCK = 4, 2  # lanes, and shards shuffled together
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -49,16 +43,6 @@ def fault_server(folder: Path, port: int = 0, after: float = 0, upstream: str = 
             server.kill()
 
 
-def wait_for(port: int, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing listens on port {port}")
-
-
 SECRET = {"AWS_ACCESS_KEY_ID": "AKIAUSER", "AWS_SECRET_ACCESS_KEY": "s3cret/Key", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -69,7 +53,7 @@ def moto(log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
         try:
-            wait_for(port, server)
+            assert listens(port, server), log.read_text()
             yield f"127.0.0.1:{port}"
         finally:
             server.kill()

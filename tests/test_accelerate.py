@@ -11,8 +11,8 @@ import toy
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from slurm_cluster import free_port
 
+from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import toy
 from ranks import run_ranks
-from slurm_cluster import free_port
 from torch import Tensor, nn
 
+from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.distributed import checks, doctor, folder_checks
 from cclmpc_dist.distributed.checks import Finding
 from cclmpc_dist.models import vnet

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import toy
 import yaml
-from slurm_cluster import free_port
 
+from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.training.checkpoint import complete_steps
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-import slurm_cluster
 import toy
 import yaml
 from slurm_cluster import Cluster, until
+
+from cclmpc_dist.benching.served import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, ON_RAY = "slurm/train_la.sh", "slurm/train_la_ray.sh"
@@ -234,7 +235,7 @@ def test_what_cannot_work_ends_in_one_line(script: str, override: str, head: str
 def test_doctor_looks_at_both_nodes(slurm: Cluster, tmp_path: Path) -> None:
     agents = (
         f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank $SLURM_NODEID "
-        f"--master-addr 127.0.0.2 --master-port {slurm_cluster.free_port()} -m cclmpc_dist doctor --folder {tmp_path}"
+        f"--master-addr 127.0.0.2 --master-port {free_port()} -m cclmpc_dist doctor --folder {tmp_path}"
     )
     script, output = tmp_path / "doctor.sh", tmp_path / "output"
     script.write_text(f"#!/bin/bash\nexport GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\nsrun bash -c '{agents}'\n")

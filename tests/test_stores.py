@@ -15,6 +15,7 @@ import toy
 from corpora import numbered, write
 from fault_server import FAULTS, REQUESTS
 
+from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.data import store
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index
 from cclmpc_dist.errors import InputError
@@ -175,7 +176,7 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for(corpus, expected, tmp_p
     folder.mkdir()
     for file in Path(corpus.path).iterdir():
         os.link(file, folder / file.name)
-    url = f"http://127.0.0.1:{stores.free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     assert gone(url, folder, tmp_path / "cache", seconds) == expected
 
 

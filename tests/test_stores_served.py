@@ -14,7 +14,7 @@ import toy
 import yaml
 from corpora import numbered, write
 
-from cclmpc_dist.benching.served import nginx
+from cclmpc_dist.benching.served import free_port, nginx
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.errors import InputError
 
@@ -126,7 +126,7 @@ def test_an_s3_that_fails_is_told_without_credentials(
         stores.opened(f"{url}/elsewhere", tmp_path / "cache")
     script = ("import sys, stores\nfrom cclmpc_dist.data import store\nfrom pathlib import Path\n"
               "store.FIRST_WAIT = 0.01\nstores.opened(sys.argv[1], Path(sys.argv[2]))")  # fmt: skip
-    nowhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{stores.free_port()}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    nowhere = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}", "PYTHONPATH": os.pathsep.join(sys.path)}
     words = [sys.executable, "-c", script, url, tmp_path / "other"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | nowhere)
     assert "8 times in a row: see that the server runs and can be reached from here" in done.stderr

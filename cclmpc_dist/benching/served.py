@@ -31,24 +31,31 @@ PATIENCE = 60.0  # seconds until it listens
 @contextmanager
 def nginx(root: Path, folder: Path) -> Iterator[str]:
     """The URL of `root` on an nginx whose own files lie in `folder`. Raises InputError where it does not start."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     user = "user root;" if os.getuid() == 0 else ""
     told, folder = folder / "nginx.conf", folder.resolve()
     told.write_text(CONFIGURATION.format(folder=folder, root=root.resolve(), port=port, user=user))
     with subprocess.Popen(["nginx", "-c", told.resolve(), "-p", folder, "-e", folder / "error.log"]) as server:
         try:
-            _wait(port, server, folder)
+            if not listens(port, server):
+                raise InputError(f"nginx does not listen on port {port}: {folder / 'error.log'} says why")
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
 
 
-def _wait(port: int, server: subprocess.Popen[bytes], folder: Path) -> None:
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int, server: subprocess.Popen[bytes]) -> bool:
+    """Wait until a server of this machine listens. False where it ends before, or PATIENCE does."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and server.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+                return True
         time.sleep(0.05)
-    raise InputError(f"nginx does not listen on port {port}: {folder / 'error.log'} says why")
+    return False
