@@ -5,20 +5,12 @@ from pathlib import Path
 
 import inputs
 import numpy as np
+from kinds import registering
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (24, 20, 3)).astype(np.uint8)
 Kind = Callable[[Path], tuple[list[str], list[str]]]  # a folder to fill -> (arguments of shard, words of the error)
 KINDS: dict[str, Kind] = {}
-
-
-def kind(name: str) -> Callable[[Kind], Kind]:
-    """Registers a kind of bad input under its row in docs/formats.md."""
-
-    def add(function: Kind) -> Kind:
-        KINDS[name] = function
-        return function
-
-    return add
+kind = registering(KINDS)
 
 
 def volumes(folder: Path, count: int = 2, labels: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import numbered, patch, rehash, rewrite, told, write
+from kinds import registering
 
 from cclmpc_dist import cli
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index
@@ -17,16 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs/formats.md"
 HEADER = 128  # bytes of a .npy before its voxels
 Harm = Callable[[Index], None]
 KINDS: dict[str, Harm] = {}
-
-
-def kind(name: str) -> Callable[[Harm], Harm]:
-    """Registers a kind of damage under its row in docs/formats.md."""
-
-    def add(function: Harm) -> Harm:
-        KINDS[name] = function
-        return function
-
-    return add
+kind = registering(KINDS)
 
 
 @pytest.fixture
