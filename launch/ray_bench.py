@@ -6,16 +6,15 @@ docs/benchmarks.md says what is measured, docs/ray.md how to submit a job.
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import RunConfig, ScalingConfig
+from ray.train import RunConfig
 from ray.train.torch import TorchTrainer
+from ray_workers import ENVIRONMENT, Parser, at, run_driver, scaling
 
 from cclmpc_dist.benching import files, scale, tables
-from cclmpc_dist.cli import BAD_INPUT
 from cclmpc_dist.config import Config, load, parse
 from cclmpc_dist.errors import InputError
 
@@ -23,13 +22,7 @@ from cclmpc_dist.errors import InputError
 def main() -> None:
     """Raises InputError for anything a user can mend."""
     arguments = _arguments()
-    if not arguments.storage.is_absolute():
-        raise InputError(f"--storage {arguments.storage} is relative: give the absolute path of a folder that every "
-                         "node sees")  # fmt: skip
-    config = load(arguments.config, arguments.overrides)
-    if not config.data.remote:
-        path = str(arguments.storage / config.data.path)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    config = at(arguments.storage, load(arguments.config, arguments.overrides))
     ray.init()
     worlds = [world for world in arguments.workers if scale.fits(config, arguments.mode, world)]
     points = [_point(config, world, arguments) for _ in range(arguments.rounds) for world in worlds]
@@ -48,15 +41,11 @@ def _point(config: Config, world: int, arguments: argparse.Namespace) -> files.R
     trainer = TorchTrainer(
         work,
         train_loop_config=task,
-        scaling_config=ScalingConfig(
-            num_workers=world,
-            use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
-            resources_per_worker={"CPU": arguments.cpus},
-        ),
+        scaling_config=scaling(world, arguments.cpus),
         run_config=RunConfig(
             name=f"{config.name}-{world}",
             storage_path=str(arguments.storage / "bench_ray"),
-            worker_runtime_env={"env_vars": {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
+            worker_runtime_env={"env_vars": ENVIRONMENT},
         ),
     )
     try:
@@ -76,19 +65,12 @@ def work(task: dict[str, Any]) -> files.Report:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure the training step on more and more workers of a Ray cluster.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ has examples")
-    parser.add_argument(
-        "--storage", type=Path, required=True,
-        help="folder that every node sees, absolute; a relative data.path is taken from it",
-    )  # fmt: skip
+    parser = Parser("Measure the training step on more and more workers of a Ray cluster.")
     parser.add_argument("--workers", type=_numbers, default=[1, 2], help="numbers of workers (default 1,2)")
-    parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
     parser.add_argument("--mode", choices=scale.MODES, default="weak", help="weak (default) or strong")
     parser.add_argument("--steps", type=int, default=10, help="steps that the medians are of (default 10)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each number is measured, in turns (default 3)")
     parser.add_argument("--predict", action="store_true", help="add the cost model's clusters of up to 1024 GPUs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
     return parser.parse_intermixed_args()
 
 
@@ -99,8 +81,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.stderr.writelines(f"cclmpc: {line}\n" for line in str(error).splitlines())
-        sys.exit(BAD_INPUT)
+    run_driver(main)

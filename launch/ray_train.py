@@ -15,20 +15,17 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
+from ray_workers import ENVIRONMENT, Parser, at, run_driver, scaling
 
-from cclmpc_dist.cli import BAD_INPUT, FAILED, PREEMPTED
+from cclmpc_dist.cli import FAILED, PREEMPTED
 from cclmpc_dist.config import Config, load, parse
 from cclmpc_dist.distributed import doctor, runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.training import run, setup, trainer
 
-WORKERS_ENVIRONMENT = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # as cclmpc_dist.cli.main
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray would show each line twice
-}
 RAYS_RECORD = "checkpoint_manager_snapshot.json"  # in the run folder: the checkpoints that Ray was told of
 
 
@@ -36,7 +33,7 @@ def main() -> int:
     """Exit code: 0 done, 1 the doctor found a failure, 75 preempted and saved. Raises InputError for anything a user
     can mend."""
     arguments = _arguments()
-    config = _at(arguments.storage, load(arguments.config, arguments.overrides))
+    config = at(arguments.storage, load(arguments.config, arguments.overrides))
     if arguments.doctor:
         return _examine(config, arguments)
     check(config, arguments.workers)
@@ -51,7 +48,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
         failure_config=FailureConfig(max_failures=arguments.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=None),  # checkpoint.keep is what removes old ones
         callbacks=[NoSecondTry()],
-        worker_runtime_env={"env_vars": WORKERS_ENVIRONMENT},
+        worker_runtime_env={"env_vars": ENVIRONMENT},
     )
     result = _on_workers(work, task, options, runtime.COLLECTIVE_TIMEOUT, arguments)
     print(f"{config.folder}: {'its budget is spent' if result.return_value else 'preempted and saved'}; "
@@ -61,9 +58,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
 def _examine(config: Config, arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as place:  # Ray wants a storage, and leaves a folder there
-        options = RunConfig(
-            storage_path=place, callbacks=[NoSecondTry()], worker_runtime_env={"env_vars": WORKERS_ENVIRONMENT}
-        )
+        options = RunConfig(storage_path=place, callbacks=[NoSecondTry()], worker_runtime_env={"env_vars": ENVIRONMENT})
         result = _on_workers(look, {"folder": config.runs}, options, doctor.TIMEOUT, arguments)
     return 0 if result.return_value else FAILED
 
@@ -80,10 +75,9 @@ def _on_workers(
             loop,
             train_loop_config=task,
             torch_config=TorchConfig(timeout_s=int(timeout.total_seconds())),
-            scaling_config=ScalingConfig(
-                num_workers=most if least == most else (least, most),
-                use_gpu=ray.cluster_resources().get("GPU", 0) > 0,
-                resources_per_worker={"CPU": arguments.cpus},
+            scaling_config=scaling(
+                most if least == most else (least, most),
+                arguments.cpus,
                 elastic_resize_monitor_interval_s=arguments.resize_seconds,
             ),
             run_config=options,
@@ -95,17 +89,11 @@ def _on_workers(
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train on the workers of a Ray cluster.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/ has examples")
-    parser.add_argument(
-        "--storage", type=Path, required=True,
-        help="folder that every node sees, absolute; relative runs, data.path, data.cache, deepspeed are taken from it",
-    )  # fmt: skip
+    parser = Parser("Train on the workers of a Ray cluster.")
     parser.add_argument(
         "--workers", type=_workers, default=(1, 1),
         help="processes: N, or MIN,MAX for as many of them as the cluster has room for (default 1)",
     )  # fmt: skip
-    parser.add_argument("--cpus", type=int, default=1, help="cores of a worker, which are its threads (default 1)")
     parser.add_argument(
         "--resize-seconds", type=float, default=60, help="how often elastic workers look for room (default 60)"
     )
@@ -115,7 +103,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--doctor", action="store_true", help="do not train: look at what training depends on, on these workers"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; docs/configuration.md has all")
     arguments = parser.parse_intermixed_args()
     if not arguments.resize_seconds >= 0:
         parser.error(f"--resize-seconds {arguments.resize_seconds:g}: give 0 or more")
@@ -129,23 +116,6 @@ def _workers(text: str) -> tuple[int, int]:
     if not 1 <= least <= most:
         raise argparse.ArgumentTypeError(f"{text!r}: give N, or MIN,MAX")
     return least, most
-
-
-def _at(storage: Path, config: Config) -> Config:
-    """The configuration with absolute places: Ray gives the driver and each worker a working folder of its own."""
-    if not storage.is_absolute():
-        raise InputError(f"--storage {storage} is relative: give the absolute path of a folder that every node sees")
-
-    def there(path: str) -> str:
-        return path if "://" in path else str(storage / path)
-
-    further = {
-        name: corpus.model_copy(update={"path": there(corpus.path)}) for name, corpus in config.data.further.items()
-    }
-    cache = config.data.cache and str(storage / config.data.cache)
-    data = config.data.model_copy(update={"path": there(config.data.path), "further": further, "cache": cache})
-    deepspeed = config.deepspeed and str(storage / config.deepspeed)
-    return config.model_copy(update={"data": data, "deepspeed": deepspeed, "runs": str(storage / config.runs)})
 
 
 def check(config: Config, workers: tuple[int, int]) -> None:
@@ -232,8 +202,4 @@ class NoSecondTry(UserCallback):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.stderr.writelines(f"cclmpc: {line}\n" for line in str(error).splitlines())
-        sys.exit(BAD_INPUT)
+    run_driver(main)
