@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import toy
+from disks import tmpfs
 
 from cclmpc_dist.errors import InputError, LostRanks
 from cclmpc_dist.training.checkpoint import (
@@ -133,13 +133,8 @@ def test_rank_zero_gives_lost_ranks_up(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", "size=3m") as folder:
+        yield folder
 
 
 def test_full_disk_leaves_the_checkpoint_before_whole(small_disk: Path) -> None:

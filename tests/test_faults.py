@@ -15,6 +15,7 @@ import psutil
 import pytest
 import toy
 import yaml
+from disks import tmpfs
 
 from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.training.checkpoint import complete_steps
@@ -199,13 +200,8 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_serves(toy_corpus: P
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nobody can write to."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", "ro") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("program", [["-m", "cclmpc_dist", "train"], ["launch/run_folder.py"]])

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import stores
 import toy
 from corpora import numbered, write
+from disks import tmpfs
 from fault_server import FAULTS, REQUESTS
 
 from cclmpc_dist.benching.served import free_port
@@ -200,14 +200,8 @@ def test_files_of_the_cache_that_were_changed_are_fetched_again(served, corpus, 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for the blocks in use and little more."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    gc.collect()
-    subprocess.run(["umount", "-l", folder], check=True)
+    with tmpfs(tmp_path / "disk", "size=128k") as folder:
+        yield folder
 
 
 def test_a_full_disk_makes_the_cache_smaller(served, corpus, expected, small_disk):
