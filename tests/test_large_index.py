@@ -44,7 +44,7 @@ def test_a_start_makes_no_object_a_sample(corpus: Path, monkeypatch: pytest.Monk
 
 def test_the_index_is_that_of_a_real_corpus(corpus: Path) -> None:
     """What the benchmark measures is what `merge` and `Index` make of any corpus."""
-    index = bench.open_corpora(bench._config(str(corpus)).data)[0]
+    index = Index.open(corpus)
     assert index.unsound() == ""
     assert index.manifest["counts"] == {"samples": SAMPLES, "with_label": A_SHARD, "labelled": 1000, "val": 0}
     assert index.find(["slice-000054321"]).tolist() == [54321]

@@ -19,14 +19,11 @@ import numpy as np
 
 from cclmpc_dist.benching.alone import alone, answer, memory
 from cclmpc_dist.config import Config, parse
-from cclmpc_dist.data.index import INDEX, MANIFEST, select
+from cclmpc_dist.data.index import INDEX, MANIFEST
 from cclmpc_dist.data.loader import Mixture
 from cclmpc_dist.data.merge import merge
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.parts import PARTS, Part, Rows, Settings
-from cclmpc_dist.data.remote import open_corpora
-from cclmpc_dist.methods.method import Corpus
-from cclmpc_dist.methods.registry import create
 from cclmpc_dist.training import plan, setup
 
 MIB = 2**20
@@ -43,7 +40,7 @@ Record = dict[str, Any]
 def bench_index(folder: Path, samples: int, a_shard: int, trials: int, repeats: int) -> list[Record]:
     """Records of one corpus, made below `folder`: `a_shard` samples a shard.
 
-    merge: parts to index. start: from open_corpora to streams that can draw, as a rank does, with the index in the page
+    merge: parts to index. start: from the opening to streams that can draw, as a rank does, with the index in the page
     cache and with it thrown out (as far as the system obeys); the median of `repeats`. order: one rank's LANES lanes of
     a step, median and 99th percentile of `trials`: `any step`, of an epoch that was not touched before; `any step of an
     epoch`, in blocks that were not; `next step`. plan: `cclmpc plan`.
@@ -142,10 +139,7 @@ def _config(path: str) -> Config:
 
 
 def _streams(config: Config) -> dict[str, Mixture]:
-    indexes = open_corpora(config.data)
-    method = create(config, Corpus(indexes[0].channels, indexes[0].classes))
-    cases = select(indexes[0], config.data.labelled, config.data.select)
-    return setup.streams(config, indexes, method, cases, RANKS)
+    return setup.streams(config, *setup.corpora(config), RANKS)
 
 
 def _start(path: str, cold: bool) -> dict[str, float]:
