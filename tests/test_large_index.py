@@ -59,18 +59,24 @@ def test_verify_holds_no_object_a_sample(corpus: Path) -> None:
     """16 bytes of hashes each, whoever is in which split."""
     index, told = Index.open(corpus), 20_000
     index.columns["split"] = (np.arange(SAMPLES) >= told - 100).astype(np.uint8)
+    list(filled(index, 10).problems())  # imports
     tracemalloc.start()
     try:
-        splits = Splits([index])
-        for row in range(told):
-            splits.patient(0, row, f"patient {row}")
-            splits.image(0, row, np.arange(row, row + 4, dtype="<f4"))
+        splits = filled(index, told)
         assert list(splits.problems()) == []
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert held < 20 * SAMPLES
     assert peak < 60 * SAMPLES
+
+
+def filled(index: Index, told: int) -> Splits:
+    splits = Splits([index])
+    for row in range(told):
+        splits.patient(0, row, f"patient {row}")
+        splits.image(0, row, np.arange(row, row + 4, dtype="<f4"))
+    return splits
 
 
 @pytest.mark.slow

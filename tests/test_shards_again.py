@@ -100,7 +100,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
         words = ["40", "--format", "phantom", "--size", "40", "--shard-mib", "1", "--out", str(out), "--workers"]
         command = [sys.executable, "-m", "cclmpc_dist", "shard", *words, str(rng.integers(1, 4))]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.5, 3) + kills / 5)
+        time.sleep(rng.uniform(0.2, 1.5) + kills / 5)
         process.kill()
         process.wait()
         kills += 1
