@@ -13,6 +13,7 @@ from kinds import registering
 
 from cclmpc_dist import cli
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index
+from cclmpc_dist.errors import InputError
 
 PAGE = Path(__file__).parents[1] / "docs/formats.md"
 HEADER = 128  # bytes of a .npy before its voxels
@@ -245,3 +246,11 @@ def test_every_problem_is_a_line(corpus: Index, monkeypatch: pytest.MonkeyPatch,
         rows()[name] for name in ("a shard that is no tar", "a voxel that is no number", "JSON that cannot be read")
     )
     assert json.loads((corpus.path / MANIFEST).read_text())["counts"]["samples"] == 6
+
+
+@pytest.mark.parametrize("name", ["shard", "voxel_at", "key_bytes"])
+def test_a_column_that_is_one_number_is_refused(name, tmp_path):
+    index = write(tmp_path / "out", numbered(4))
+    rewrite(index, **{name: index[name].reshape(-1)[:1].reshape(())})
+    with pytest.raises(InputError, match=f"column {name} is missing or of another type"):
+        Index.open(index.path)

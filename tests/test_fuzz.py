@@ -100,7 +100,10 @@ EXTREMES = st.sampled_from(
 
 @pytest.mark.slow
 @LIMITS
-@given(column=st.integers(0, 20), place=st.integers(0, 1000), value=EXTREMES, form=st.sampled_from(["", "cut", "drop"]))
+@given(
+    column=st.integers(0, 20), place=st.integers(0, 1000), value=EXTREMES,
+    form=st.sampled_from(["", "cut", "drop", "one"]),
+)  # fmt: skip
 def test_columns_of_any_values(corpus: Path, column: int, place: int, value: float, form: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = copied(corpus, folder)
@@ -110,6 +113,7 @@ def test_columns_of_any_values(corpus: Path, column: int, place: int, value: flo
         with np.errstate(invalid="ignore"):
             flat[place % len(flat)] = np.array(value).astype(flat.dtype)
         columns |= {name: columns[name][:-1]} if form == "cut" else {}
+        columns |= {name: columns[name].reshape(-1)[:1].reshape(())} if form == "one" else {}
         save_file({key: array for key, array in columns.items() if form != "drop" or key != name}, out / INDEX)
         believe(out)
         read_all(out)

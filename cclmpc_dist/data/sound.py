@@ -24,7 +24,7 @@ _NAMES[[*b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz-"]] =
 def structure(columns: Columns) -> str:
     """What cannot be of columns, their types and sizes; empty where all is well. Reads one column."""
     for name, dtype in _TYPES.items():
-        if name not in columns or columns[name].dtype != np.dtype(dtype):
+        if name not in columns or columns[name].dtype != np.dtype(dtype) or not columns[name].ndim:
             return f"column {name} is missing or of another type"
     n, shape = len(columns["shard"]), columns["shape"].shape
     if n == 0 or len(shape) != 2 or shape[1] < 2:

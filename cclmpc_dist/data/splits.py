@@ -9,6 +9,7 @@ import numpy as np
 from cclmpc_dist.data.columns import chunks
 from cclmpc_dist.data.index import DTYPES, TRAIN, VAL, Index
 from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.errors import InputError
 
 Place = tuple[int, int]  # corpus, row
 
@@ -37,13 +38,19 @@ class Splits:
     def problems(self) -> Iterator[str]:
         """One line for each sample of which one in the other split is told before it."""
         for at, other in self._met(self.patients, named=True):
-            patient = Reader(self.indexes[at[0]]).meta(at[1])["patient"]
             here, there = self._other(at, other)
             what = "with another --val-last" if at[0] == other[0] else "without one of them"
-            yield f"{here}: its patient {patient} is in the other split too (case {there}): shard again {what}"
+            yield f"{here}: its patient{self._patient(at)} is in the other split too (case {there}): shard again {what}"
         for at, other in self._met(self.images, named=False):
             here, there = self._other(at, other)
             yield f"{here}: its image is that of case {there} in the other split: leave one of them out and shard again"
+
+    def _patient(self, at: Place) -> str:
+        """The name, after a space; nothing where the sample cannot be read again, as of a server that is gone."""
+        try:
+            return f" {Reader(self.indexes[at[0]]).meta(at[1])['patient']}"
+        except InputError:
+            return ""
 
     def _other(self, at: Place, other: Place) -> tuple[str, str]:
         """A sample and one of the other split, in words."""
