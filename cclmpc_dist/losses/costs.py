@@ -100,7 +100,7 @@ def _held(
     it.
 
     Streamed, in numbers: a, those of the anchors that a rank works on (all ranks' for "anchors"); k, those of its live
-    keys (all ranks' for "keys"); x, the copy of what was gathered; b, the buffer of logits.
+    keys (all ranks' for "keys"); x, the copy of what was gathered; b, the buffer of logits, as on a CPU.
     """
     if exchange == "naive":
         return FLOAT * ((g > 1) * (1 + live) * g * m * f + NAIVE_COPIES[term] * n * (g * m + banked))
