@@ -10,8 +10,6 @@ import toy
 from torch import Tensor, nn
 
 from cclmpc_dist.config import CCLMPC as Own
-from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Mixture, Stream, to_device
 from cclmpc_dist.data.views import views
 from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
@@ -29,18 +27,13 @@ class Scene:
     def __init__(self, corpus: Path, **contrast: Any) -> None:
         changes = {"data__patch": [32, 32, 32], "model__norm": "instance", "model__dropout": 0.0}
         config = toy.config(corpus, Path("runs"), ccl_mpc__contrast=EVERY | contrast, **changes)
-        index = Index.open(config.data.path)
-        cases = select(index, config.data.labelled, 0)
         self.own: Own = config.ccl_mpc
         self.method = CCLMPC(config, Corpus(1, 2))
         torch.manual_seed(3)
         self.module = self.method.build().double()
         self.method.enter(self.method.phases[0], 10, self.module, {"labelled": 2, "unlabelled": 2})
-        self.batch = {}
-        for name in ("labelled", "unlabelled"):
-            stream = Stream(index, name, cases[name], 2, 0, config.data.patch, with_label=name == "labelled")
-            part = to_device(Mixture([stream]).batch(0, range(2)), "cpu")
-            self.batch[name] = part | {"image": part["image"].double()}
+        parts = toy.batches(config, "cpu").items()
+        self.batch = {name: part | {"image": part["image"].double()} for name, part in parts}
 
     def terms(self, step: int = 5) -> dict[str, Tensor]:
         found, metrics = self.method.terms(self.module, self.batch, step)

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from cclmpc_dist.benching import step
 from cclmpc_dist.config import parse
-from cclmpc_dist.data.index import Index, select
-from cclmpc_dist.data.loader import Stream, to_device
 from cclmpc_dist.data.views import views
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
@@ -66,9 +64,7 @@ def test_a_batch_and_its_views_are_a_cpus(name: str, toy_corpus: Path, tmp_path:
     config = toy.config(toy_corpus, tmp_path)
     found = []
     for device in ("cpu", "cuda"):
-        index = Index.open(str(toy_corpus))
-        stream = Stream(index, name, select(index, 4, 0)[name], 2, 0, config.data.patch, with_label=name == "labelled")
-        batch = to_device(stream.batch(0, range(2)), device)
+        batch = toy.batches(config, device)[name]
         seen = [views(batch["image"], batch["key"], view, config.ccl_mpc.views).cpu() for view in (1, 2)]
         found.append([batch["image"].cpu(), *seen])
     assert torch.equal(found[0][0], found[1][0])
@@ -88,17 +84,12 @@ def test_every_term_and_the_gradient_are_a_cpus(toy_corpus: Path, tmp_path: Path
 
 def _half_way(config: Any, device: str) -> tuple[dict[str, float], Tensor]:
     """Terms at the middle of ten steps, and the whole gradient."""
-    index = Index.open(config.data.path)
-    cases = select(index, config.data.labelled, 0)
     method = CCLMPC(config, Corpus(1, 2))
     torch.manual_seed(3)
     module = method.build().double().to(device)
     method.enter(method.phases[0], 10, module, {"labelled": 2, "unlabelled": 2})
-    batch = {}
-    for name in ("labelled", "unlabelled"):
-        stream = Stream(index, name, cases[name], 2, 0, config.data.patch, with_label=name == "labelled")
-        part = to_device(stream.batch(0, range(2)), device)
-        batch[name] = part | {"image": part["image"].double()}
+    parts = toy.batches(config, device).items()
+    batch = {name: part | {"image": part["image"].double()} for name, part in parts}
     for _ in range(2):  # the second time there are keys in the bank
         terms, metrics = method.terms(module, batch, 5)
         method.after_step(module)

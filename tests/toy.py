@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.data import phantom, shards
+from cclmpc_dist.data.index import Index, select
+from cclmpc_dist.data.loader import Batch, Mixture, Stream, to_device
 
 
 def corpus(folder: Path, cases: int = 14, labelled: int = 4, val_last: int = 2, size: int = 40) -> Path:
@@ -57,6 +59,17 @@ def settings(data: Path | str, runs: Path, **changes: Any) -> dict[str, Any]:
 
 def config(data: Path | str, runs: Path, **changes: Any) -> Config:
     return parse(settings(data, runs, **changes), "toy")
+
+
+def batches(config: Config, device: str) -> dict[str, Batch]:
+    """The first two images of each stream."""
+    index = Index.open(config.data.path)
+    cases = select(index, config.data.labelled, 0)
+    found = {}
+    for name in ("labelled", "unlabelled"):
+        stream = Stream(index, name, cases[name], 2, 0, config.data.patch, with_label=name == "labelled")
+        found[name] = to_device(Mixture([stream]).batch(0, range(2)), device)
+    return found
 
 
 def launch(world: int, *arguments: str) -> subprocess.Popen[str]:
