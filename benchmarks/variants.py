@@ -1,10 +1,10 @@
 """What the scripts here share: variants measured in turns, records, and where these go."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cclmpc_dist.benching import files
 from cclmpc_dist.training.run import environment
 
 Record = dict[str, Any]
@@ -29,6 +29,6 @@ def records(bench: str, case: str, variant: str, values: dict[str, tuple[float, 
 def tell(found: list[Record], out: Path | None) -> None:
     """Print the records, and write them to a file if one is given."""
     for one in found:
-        print(f"{one['case']}, {one['variant']}: {one['metric']} {one['value']:.6g} {one['unit']}")
+        print(f"{one['case']}, {one['variant']}: {one['metric']} {one['value']:.6g} {one['unit']}", flush=True)
     if out:
-        out.write_text(json.dumps({"meta": environment(1), "records": found}, indent=1) + "\n")
+        files.write({"meta": environment(1), "records": found}, out)
