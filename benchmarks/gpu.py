@@ -1,4 +1,4 @@
-"""What a GPU has to show, in parts that each fit a short lease of one: a log and a JSON file of each, then a table.
+"""What a GPU has to show, in parts that each fit a short lease of one: a log and a JSON file of each.
 
     python benchmarks/gpu.py SHARDS OUT                       # every part but training
     python benchmarks/gpu.py SHARDS OUT train --seconds 500   # again and again, until 6000 steps are done
@@ -11,12 +11,15 @@ stop after so many seconds, and the next call goes on from there; its file has t
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from variants import Record, records
 
 from cclmpc_dist.benching import files
 from cclmpc_dist.training.run import environment
@@ -57,25 +60,34 @@ def take(name: str, command: list[str], out: Path, limit: float) -> tuple[str, f
     file = [] if name in WITHOUT_FILE else ["--out", str(out / f"{name}.json")]
     began = time.monotonic()
     with (out / f"{name}.log").open("a") as log:
-        process = subprocess.Popen([sys.executable, *command, *file], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *command, *file], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = process.wait(limit)
+            process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            pass
+        finally:
             code = stopped(process)
     told = {0: "done", PREEMPTED: "stopped and saved: call it again"}.get(code, f"failed with exit code {code}")
     return told, time.monotonic() - began
 
 
 def stopped(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    """Exit code of the leader of a session, of which nothing is left running: a measurement is a child of its part."""
+    send(process, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    send(process, signal.SIGKILL)
+    return process.wait()
 
 
-def trained(run: Path) -> list[dict[str, Any]]:
+def send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # nothing is left
+        os.killpg(process.pid, number)
+
+
+def trained(run: Path) -> list[Record]:
     """Of the run so far: steps, and their minutes without what lies between processes; the rest of the newest line."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "perf/step_seconds" in line]
@@ -88,10 +100,7 @@ def trained(run: Path) -> list[dict[str, Any]]:
     found = {"steps": (before, "1"), "minutes": (taken / 60, "min"), "step_seconds": (last["perf/step_seconds"], "s"),
              "data_wait_share": (last["perf/data_wait_share"], "fraction"), "memory": (last["perf/memory_mib"], "MiB"),
              "loss": (last["loss/total"], "1")}  # fmt: skip
-    return [
-        {"bench": "gpu_train", "case": run.name, "variant": "ccl_mpc", "metric": metric, "value": value, "unit": unit}
-        for metric, (value, unit) in found.items()
-    ]
+    return records("gpu_train", run.name, "ccl_mpc", found)
 
 
 def main() -> None:
@@ -115,9 +124,9 @@ def main() -> None:
         told, seconds = take(name, known[name], out, arguments.seconds if name == "train" else arguments.limit)
         if name == "train" and (out / RUN / "metrics.jsonl").exists():
             files.write({"meta": environment(1), "records": trained(out / RUN)}, out / "train.json")
-        outcomes.append((name, told, seconds))
+        outcomes.append(told)
         print(f"{name}: {told}, {seconds:.0f} s", flush=True)
-    sys.exit(any(told.startswith("failed") for _, told, _ in outcomes))
+    sys.exit(any(told.startswith("failed") for told in outcomes))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ the file after each process. Without a GPU all of it runs on the CPU, to try the
 """
 
 import argparse
+import gc
 import json
 import math
 import subprocess
@@ -36,6 +37,7 @@ from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from variants import Record, records, tell
 
 from cclmpc_dist.benching import files
 from cclmpc_dist.benching.model import with_bank
@@ -68,7 +70,7 @@ PASSES = 8  # of the teacher for its uncertainty [P]
 WORK = {"tflop": "TFLOP", "kept": "MiB", "weights": "MiB"}
 KINDS = ("bf16", "TF32", "float32")
 Step = Callable[[], None]
-Record = dict[str, Any]
+BENCH = "gpu_step"
 
 
 class Trained(TimedTrainer):
@@ -140,17 +142,31 @@ def trained(config: Config) -> Trained:
 
 
 def timed(config: Config, variant: str, blocks: int) -> dict[str, Any]:
-    """Seconds of the first step, and of a step in each block after warming up; peak memory of the process."""
+    """Seconds of the first step, and of a step in each block after warming up; peak memory of these steps, or on a CPU
+    of the process."""
+    take, device = step_of(config, variant)
+    first = seconds(take, 1, device)
+    for _ in range(WARMUP):
+        take()
+    spent = [seconds(take, BLOCK, device) for _ in range(blocks)]
+    return {"seconds": spent, "first": first, "memory": memory_mib(device)}
+
+
+def step_of(config: Config, variant: str) -> tuple[Step, torch.device]:
+    """A variant's step, and where it is taken. Nothing but the variant is left in memory."""
     trainer = trained(config)
+    take, device = trainer.take, trainer.device
     if variant == COMPILED:
         compile_stages(trainer.module)
     passes = {UAMT.split(",")[0]: PASSES, TEACHER.split(",")[0]: 0}.get(variant.split(",")[0])
-    take = trainer.take if passes is None else UaMt(trainer, passes).take
-    first = seconds(take, 1, trainer.device)
-    for _ in range(WARMUP):
-        take()
-    spent = [seconds(take, BLOCK, trainer.device) for _ in range(blocks)]
-    return {"seconds": spent, "first": first, "memory": memory_mib(trainer.device)}
+    if passes is not None:
+        take = UaMt(trainer, passes).take
+    del trainer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return take, device
 
 
 def compile_stages(module: Any) -> None:
@@ -176,7 +192,8 @@ def wait(device: torch.device) -> None:
 
 
 def work(config: Config) -> dict[str, Any]:
-    """What a step does: TFLOP, and MiB kept for backward and of its weights."""
+    """What a step does: TFLOP, and MiB kept for backward and of its weights. Without the gradients that the streamed
+    contrast keeps beside what autograd saves, of anchors and keys: the floor is a little too low by them."""
     trainer = trained(config)
     kept: dict[int, int] = {}
 
@@ -235,7 +252,7 @@ def rates(edge: int, copied: int) -> dict[str, Any]:
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
 
-def alone(config: str, overrides: list[str], job: str, **options: Any) -> dict[str, Any]:
+def tried(config: str, overrides: list[str], job: str, **options: Any) -> dict[str, Any]:
     """What a job finds in a process of its own; nothing where it fails, whose words go to standard error."""
     command = [sys.executable, __file__, config, *overrides, "data.workers=0"]
     command += ["--one", json.dumps({"job": job, **options})]
@@ -267,21 +284,23 @@ def measure(arguments: argparse.Namespace) -> Iterator[list[Record]]:
     path, overrides = arguments.config, arguments.overrides
     config = load(path, overrides)
     images = sum(config.batch(name, 1) for name in ("labelled", "unlabelled"))
-    rate = alone(path, overrides, "rates", edge=arguments.edge, copied=arguments.copied)
+    rate = tried(path, overrides, "rates", edge=arguments.edge, copied=arguments.copied)
     units = {"copy": "TB/s"}
-    yield [record("rates", "", name, value / 1e12, units.get(name, "TFLOP/s")) for name, value in rate.items()]
-    did = alone(path, overrides, "work")
-    yield [record("work", OURS, name, did[name], unit) for name, unit in WORK.items() if did]
+    values = {name: (value / 1e12, units.get(name, "TFLOP/s")) for name, value in rate.items()}
+    yield records(BENCH, "rates", "", values)
+    did = tried(path, overrides, "work")
+    yield records(BENCH, "work", OURS, {name: (value, WORK[name]) for name, value in did.items()})
     floors = floor(did, rate) if did and rate else {}
-    yield [record("floor", kind, "seconds", value, "s") for kind, value in floors.items()]
+    for kind, value in floors.items():
+        yield records(BENCH, "floor", kind, {"seconds": (value, "s")})
     for variant in arguments.variant or [name for name in VARIANTS if name != COMPILED]:
-        found = alone(path, overrides, "timed", variant=variant, times=1, blocks=arguments.blocks)
+        found = tried(path, overrides, "timed", variant=variant, times=1, blocks=arguments.blocks)
         yield timing(f"{config.name}, {images} images", variant, images, found, floors)
-    found = alone(path, overrides, "kernels", steps=BLOCK)
-    yield [record("kernels", name, *rest) for name, rest in table(found)]
+    found = tried(path, overrides, "kernels", steps=BLOCK)
+    yield table(found)
     times, found = 2, {"seconds": [0]}
     while found and times <= arguments.largest:
-        found = alone(path, overrides, "timed", variant=OURS, times=times, blocks=arguments.blocks)
+        found = tried(path, overrides, "timed", variant=OURS, times=times, blocks=arguments.blocks)
         yield timing(f"{config.name}, {times * images} images", OURS, times * images, found, {})
         times *= 2
 
@@ -302,32 +321,22 @@ def timing(case: str, variant: str, images: int, found: dict[str, Any], floors: 
     if not found:
         return []
     middle = median(found["seconds"])
-    records = [
-        {"bench": "gpu_step", "case": case, "variant": variant, "metric": "seconds", "unit": "s"}
-        | repeated(found["seconds"]),
-        record(case, variant, "images_per_second", images / middle, "images/s"),
-        record(case, variant, "first", found["first"], "s"),
-        record(case, variant, "memory", found["memory"], "MiB"),
-    ]
+    values = {"seconds": (middle, "s"), "images_per_second": (images / middle, "images/s"),
+              "first": (found["first"], "s"), "memory": (found["memory"], "MiB")}  # fmt: skip
     kind = next((kind for kind in KINDS if kind in variant), "")
     if variant.startswith("ours") and kind in floors:
-        records.append(record(case, variant, "over_floor", middle / floors[kind], "1"))
-    return records
+        values["over_floor"] = (middle / floors[kind], "1")
+    first, *rest = records(BENCH, case, variant, values)
+    return [first | repeated(found["seconds"]), *rest]
 
 
-def table(found: dict[str, Any]) -> list[tuple[str, tuple[str, float, str]]]:
+def table(found: dict[str, Any]) -> list[Record]:
     if not found:
         return []
-    whole = [("the step, watched", ("milliseconds", found["step"], "ms")),
-             ("all kernels", ("milliseconds", found["all"], "ms")),
-             ("all kernels", ("calls", found["number"], "1"))]  # fmt: skip
-    rows = found["kernels"].items()
-    return [*whole, *((name[:100], (metric, value, unit)) for name, pair in rows
-            for (metric, unit), value in zip((("milliseconds", "ms"), ("calls", "1")), pair, strict=True))]  # fmt: skip
-
-
-def record(case: str, variant: str, metric: str, value: float, unit: str) -> Record:
-    return {"bench": "gpu_step", "case": case, "variant": variant, "metric": metric, "value": value, "unit": unit}
+    told = records(BENCH, "kernels", "the step, watched", {"milliseconds": (found["step"], "ms")})
+    for name, (spent, calls) in [("all kernels", (found["all"], found["number"])), *found["kernels"].items()]:
+        told += records(BENCH, "kernels", name[:100], {"milliseconds": (spent, "ms"), "calls": (calls, "1")})
+    return told
 
 
 def main() -> None:
@@ -347,13 +356,12 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(arguments.config, arguments.overrides, **arguments.one)))
         return
-    records: list[Record] = []
+    found: list[Record] = []
     for part in measure(arguments):
-        records += part
-        for line in part:
-            print(f"{line['case']}, {line['variant']}: {line['metric']} {line['value']:.6g} {line['unit']}", flush=True)
+        found += part
+        tell(part, None)
         if arguments.out:  # what there is, should the lease end
-            files.write({"meta": environment(1), "records": records}, arguments.out)
+            files.write({"meta": environment(1), "records": found}, arguments.out)
 
 
 if __name__ == "__main__":

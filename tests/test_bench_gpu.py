@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
+import psutil
 import pytest
 import toy
 import yaml
+
+from cclmpc_dist.config import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -29,10 +34,47 @@ def test_the_floor_is_the_larger_of_two_times() -> None:
 
 @pytest.mark.slow
 def test_a_part_that_takes_too_long_is_asked_to_stop(tmp_path: Path) -> None:
-    saves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)"
+    """And nothing that it started goes on, though it ignores the request."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    saves = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+child = subprocess.Popen([sys.executable, "-c", {deaf!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()"""
     assert gpu.take("train", ["-c", saves], tmp_path, 5.0)[0] == "stopped and saved: call it again"
+    child, deadline = int((tmp_path / "train.log").read_text()), time.monotonic() + 10
+    while _runs(child):
+        assert time.monotonic() < deadline, "the part's child goes on"
+        time.sleep(0.05)
     assert gpu.take("eval", ["-c", "print('why'); sys.exit(1)"], tmp_path, 30.0)[0] == "failed with exit code 1"
     assert "why" in (tmp_path / "eval.log").read_text()
+
+
+def _runs(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_ua_mt_is_alone_in_memory(
+    toy_corpus: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our trainer gives it its batch and is gone."""
+    build, built = gpu_step.trained, []
+
+    def noted(config: Config) -> gpu_step.Trained:
+        trainer = build(config)
+        built.extend([weakref.ref(trainer), weakref.ref(trainer.module)])
+        return trainer
+
+    monkeypatch.setattr(gpu_step, "trained", noted)
+    few = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
+    take, _ = gpu_step.step_of(toy.config(toy_corpus, tmp_path, **few), gpu_step.UAMT)
+    assert [one() for one in built] == [None, None]
+    take()
 
 
 @pytest.mark.slow
