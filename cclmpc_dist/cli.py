@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -16,6 +16,9 @@ from cclmpc_dist import __version__
 from cclmpc_dist.cli_bench import bench
 from cclmpc_dist.errors import InputError, LostRanks
 from cclmpc_dist.words import counted
+
+if TYPE_CHECKING:
+    from cclmpc_dist.data.index import Index
 
 app = typer.Typer(
     help="Semi-supervised 3D segmentation with CCL-MPC: a corpus becomes shards, shards train a model, "
@@ -120,7 +123,7 @@ def shard(
     if record is None:
         print(f"{out}: complete already")
     if parts == 1:
-        _sharded(out, merge(out).manifest)
+        _sharded(out, merge(out))
     elif record is not None:
         print(f"{out}: part {part}: {counted(record['written'], 'case')} in {counted(record['shards'], 'shard')}, "
               f"{record['left_out']} left out")  # fmt: skip
@@ -134,12 +137,18 @@ def _part(text: str) -> tuple[int, int]:
     return number, parts
 
 
-def _sharded(out: Path, manifest: dict[str, Any]) -> None:
+def _sharded(out: Path, index: "Index") -> None:
+    from cclmpc_dist.data.index import VAL
+
+    manifest, held = index.manifest, index["split"] == VAL
     counts, skipped = manifest["counts"], manifest["skipped"]
     listed = f", {skipped} left out ({out / 'skipped.json'} says why)" if skipped else ""
     classes = counted(manifest["classes"], "class") if counts["with_label"] else "no labels"
     print(f"{out}: {counted(counts['samples'], 'case')} in {counted(len(manifest['shards']), 'shard')}, "
           f"{counts['labelled']} labelled, {counts['val']} for reports only, {classes}{listed}")  # fmt: skip
+    if counts["with_label"] and held.any() and not index["label_bytes"][held].any():
+        print(f"{out}: no case for reports has a label, so that no run can be scored on them: --val-last takes the "
+              "list's last cases")  # fmt: skip
 
 
 @app.command()
@@ -147,7 +156,7 @@ def merge(out: Annotated[Path, typer.Argument(help="folder into which every part
     """Make one corpus of the parts that `cclmpc shard --part I/N` wrote; moves and copies no shard."""
     from cclmpc_dist.data import merge as room
 
-    _sharded(out, room.merge(out).manifest)
+    _sharded(out, room.merge(out))
 
 
 SHARDS = "folder of shards, or its URL: http://, https:// or s3://"

@@ -51,7 +51,8 @@ def explain(item: Any, raw: dict[str, Any], root: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         names = _fields(loc, root)
         near = difflib.get_close_matches(str(loc[-1]), names, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+        meant = ".".join(map(str, (*loc[:-1], *near)))
+        remedy = f"did you mean {meant}?" if near else f"known here: {', '.join(names)}"
         return f"{'.'.join(map(str, loc))}: unknown setting: {remedy}"
     if loc[-1] == "[key]":  # pydantic's word for the name itself
         return f"{'.'.join(map(str, loc[:-1]))}: a name here has letters, digits, - and _: rename it"

@@ -109,6 +109,15 @@ def test_a_corpus_of_one_case_without_a_label_is_told_so(tmp_path: Path, inside:
     )
 
 
+def test_cases_for_reports_that_nothing_can_be_scored_on_are_told(tmp_path: Path, inside: Inside) -> None:
+    for number in range(3):
+        inputs.nifti(tmp_path / f"in/{number}.nii", inputs.volume(number))
+    inputs.nifti(tmp_path / "labels/0.nii", inputs.mask())
+    words = ("shard", tmp_path / "in", "--format", "nifti", "--labels", tmp_path / "labels", "--workers", "1")
+    assert "no case for reports has a label" in inside(*words, "--val-last", "1", "--out", tmp_path / "one")[1]
+    assert "no case for reports" not in inside(*words, "--val-last", "3", "--out", tmp_path / "all")[1]
+
+
 def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -> None:
     config = write(tmp_path, toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=12))
     assert cclmpc("train", config)[0] == 0

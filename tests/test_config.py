@@ -52,7 +52,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         "model.norm=bach",
     )
     text = "\n".join(told)
-    assert "optim.momntum: unknown setting: did you mean momentum?" in text
+    assert "optim.momntum: unknown setting: did you mean optim.momentum?" in text
     assert "data.patch[0] = 40 is no multiple of the network's 16: take 32" in text
     assert "data.batch_labelled = 'two'" in text
     assert "evaluation.every_steps needs validation cases" in text

@@ -333,6 +333,9 @@ def test_missing_index_and_missing_folder(corpus, tmp_path):
         Index.open(corpus.path)
     with pytest.raises(InputError, match="no corpus here"):
         Index.open(tmp_path / "nowhere")
+    (tmp_path / "begun/parts").mkdir(parents=True)
+    with pytest.raises(InputError, match="begun: not finished: give its `cclmpc shard` command again"):
+        Index.open(tmp_path / "begun")
 
 
 def test_inspect_tells_what_is_there(corpus):

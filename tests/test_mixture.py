@@ -242,7 +242,10 @@ def test_further_settings_that_cannot_be_are_refused(toy_corpus, tmp_path):
         planned(toy_corpus, tmp_path, {"a": other | {"batch": 2}}, data__labelled=12)
     for wrong, told in (
         ({"a": {"path": "p"}}, r"data\.further\.a\.batch: missing: set it"),
-        ({"a": {"path": "p", "batch": 1, "pth": 2}}, r"data\.further\.a\.pth: unknown setting: did you mean path"),
+        (
+            {"a": {"path": "p", "batch": 1, "pth": 2}},
+            r"data\.further\.a\.pth: unknown setting: did you mean data\.further\.a\.path\?",
+        ),
         ({"a": {"path": "p", "batch": 0}}, r"data\.further\.a\.batch = 0: input should be greater than 0"),
         ({"a.b": {"path": "p", "batch": 1}}, r"data\.further\.a\.b: a name here has letters, digits, - and _"),
         ([1], r"data\.further = \[1\]: input should be a section of names"),

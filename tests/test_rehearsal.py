@@ -51,7 +51,7 @@ def test_a_dry_run_leaves_a_run_as_it_is_and_looks_at_it(toy_corpus: Path, tmp_p
     before = {file: sha256(file) for file in run.rglob("*") if file.is_file()}
     said = toy.run(1, "train", path, "--dry-run")
     assert {file: sha256(file) for file in run.rglob("*") if file.is_file()} == before
-    assert "has a checkpoint of step 2, from which training would go on" in said
+    assert "has a checkpoint of step 2: its budget is spent, training would do nothing" in said
     saved = sum(file.stat().st_size for file in (run / "checkpoints" / "step-000000002").glob("*.safetensors"))
     assert number("checkpoint: ", said) == pytest.approx(saved / 2**20, rel=0.03)
     other = toy.corpus(tmp_path / "other", 12)

@@ -83,9 +83,9 @@ def test_all_ranks_skip_a_non_finite_step_together(layout: str, toy_corpus: Path
 
 
 def test_a_run_that_is_never_finite_gives_up_in_words(
-    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None
+    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None, capsys: pytest.CaptureFixture
 ) -> None:
-    raw = toy.settings(toy_corpus, tmp_path, data__batch_labelled=2, data__batch_unlabelled=2)
+    raw = toy.settings(toy_corpus, tmp_path, data__batch_labelled=2, data__batch_unlabelled=2, log_every=20)
     trainer = Trainer(parse(raw, "toy"), runtime.start("fp32"))
     terms = CCLMPC.terms
 
@@ -98,6 +98,9 @@ def test_a_run_that_is_never_finite_gives_up_in_words(
     monkeypatch.setattr(CCLMPC, "terms", spoilt)
     with pytest.raises(InputError, match=r"50 steps in a row had no finite gradient.*lower optim\.lr"):
         trainer.fit()
+    assert (
+        "and skipped: 20 steps of 20 since the last line: look for NaN with `cclmpc verify`" in capsys.readouterr().err
+    )
 
 
 def train_quietly(rank: int, world: int, raw: dict[str, Any]) -> dict[str, Tensor]:

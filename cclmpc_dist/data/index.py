@@ -294,6 +294,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = parsed((path / MANIFEST).read_bytes(), path / MANIFEST)
     except FileNotFoundError:
+        if (path / "parts").is_dir():
+            raise InputError(f"{path}: not finished: give its `cclmpc shard` command again, or `cclmpc merge` once all "
+                             "parts are there") from None  # fmt: skip
         raise InputError(f"{path}: no corpus here ({MANIFEST} is missing): make one with `cclmpc shard`") from None
     except OSError as error:
         raise InputError(f"{path / MANIFEST}: cannot be read ({error}): shard again") from None

@@ -56,6 +56,8 @@ def evaluate_run(
     if runtime.rank() == 0:
         shutil.rmtree(folder / "eval", ignore_errors=True)  # predictions of another split or corpus are not mixed in
         cases = counted(len(samples), f"{split} case")
+        if split in ("labelled", "unlabelled") and not any(one.startswith("data.path=") for one in overrides):
+            cases += ", on which it was trained"
         say(f"{folder}: step {step} ({which}), {weights} weights, {cases}, stride {config.stride}")
     runtime.barrier()
     rows = evaluate_cases(

@@ -49,7 +49,9 @@ def _corpora(trainer: Trainer) -> None:
     at = run.newest(folder)
     if at >= 0:
         positions(trainer, at, run.resumable_state(trainer.config, at))
-        say(f"{folder}: has a checkpoint of step {at}, from which training would go on; this step starts anew")
+        spent = at >= trainer.total
+        then = "its budget is spent, training would do nothing" if spent else "training would go on from it"
+        say(f"{folder}: has a checkpoint of step {at}: {then}; this step starts anew")
 
 
 def _estimate(trainer: Trainer) -> None:

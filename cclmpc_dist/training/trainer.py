@@ -324,6 +324,10 @@ class Trainer:
         if values["data/skipped"]:
             replaced = counted(round(values["data/skipped"]), "unreadable sample")
             self.monitor.say(f"replaced since the last line: {replaced}")
+        if skipped := window.steps - window.counts.get("loss/total", 0):
+            remedy = "" if self.config.precision == "fp16" else ": look for NaN with `cclmpc verify`, or lower optim.lr"
+            self.monitor.say(f"without a finite gradient, and skipped: {counted(skipped, 'step')} of {window.steps} "
+                             f"since the last line{remedy}")  # fmt: skip
         values |= {"optim/lr": self.lr, "train/skipped_steps": float(self.skipped)}
         values |= window.performance(self._images, math.prod(self.config.data.patch))
         values |= self.meter.performance(window.seconds) | {"perf/memory_mib": memory_mib(self.device)}
