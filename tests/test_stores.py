@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,17 @@ def test_a_fault_that_lasts_is_told_in_one_line_or_passed_over(served, corpus, t
     skipped = sum(batch["skipped"] for batch in stores.loader(data, 0, data.steps, workers=0))
     assert skipped >= len(rows)
     assert name not in [name for name, _, _ in fetched(folder)[before:]], "it is not asked for again and again"
+
+
+def test_who_waits_for_a_fetch_that_fails_does_not_try_again(served, corpus, tmp_path, monkeypatch):
+    folder, url = served
+    monkeypatch.setattr(store, "FIRST_WAIT", 0.01)
+    index, name = stores.opened(url, tmp_path / "cache"), shards(corpus)[0]
+    (folder / FAULTS).write_text(json.dumps({name: ["500"] * 100}))
+    with ThreadPoolExecutor(2) as pool:
+        tries = [pool.submit(index.open_shard, 0) for _ in range(2)]
+        assert [str(task.exception()) for task in tries] == [f"{url}/{name}: {LASTING['500']}"] * 2
+    assert [asked for asked, _, _ in fetched(folder)].count(name) == store.TRIES
 
 
 def gone(url: str, folder: Path, cache: Path, seconds: float) -> list[str]:

@@ -80,8 +80,8 @@ class Cache:
         again without a try for FORGET seconds; Stopped once `stop` is set.
         """
         stop = stop or threading.Event()
-        self._raise_again(blob)
         while True:
+            self._raise_again(blob)  # each time: who fetched it while this waited may have given it up
             file = self._opened(blob, now)
             if file is not None:
                 return file
