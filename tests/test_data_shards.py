@@ -3,6 +3,8 @@
 import gc
 import json
 import tarfile
+import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -233,6 +235,23 @@ def test_a_zstd_member_that_holds_less_than_its_header_says(tmp_path):
     rewrite(index, image_bytes=np.array([index["image_bytes"][0], len(short)]))
     with pytest.raises(InputError, match=r"shard-000000\.tar: case case-001: its image is damaged"):
         Reader(Index.open(index.path)).image(1)
+
+
+def test_a_zstd_member_is_decompressed_out_of_the_map(tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(1, 64, 64, 64)).astype(np.float32)
+    reader = Reader(write(tmp_path / "out", [Case("noise", noise, None, (1, 1, 1))], compress="zstd"))
+    size, image = int(reader.index["image_bytes"][0]), reader.image(0)
+    tracemalloc.start()
+    try:
+        reader.image(0)
+        assert tracemalloc.get_traced_memory()[1] < image.nbytes + size / 2, "its bytes are not copied first"
+    finally:
+        tracemalloc.stop()
+    (shard,) = reader._maps.values()
+    reader.keep([])
+    gone = weakref.ref(shard)
+    del shard
+    assert gone() is None, "no view keeps the map"
 
 
 def test_wrong_shape_is_found(corpus):

@@ -75,7 +75,7 @@ class Reader:
     def meta(self, row: int) -> dict[str, Any]:
         """The sample's JSON. Raises InputError."""
         try:
-            return dict(json.loads(self._bytes(row, "json")))
+            return dict(json.loads(bytes(self._bytes(row, "json"))))
         except (ValueError, TypeError):
             raise InputError(f"{self._where(row)}: its JSON cannot be read: copy the shard again") from None
 
@@ -108,9 +108,12 @@ class Reader:
         with self.index.open_shard(shard) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file open, and its lock with it
 
-    def _bytes(self, row: int, part: str) -> bytes:
+    def _bytes(self, row: int, part: str) -> memoryview:
+        """A view of the map, which stays open with it: copying a map's bytes would hold Python's lock while a disk is
+        waited for."""
         start = int(self.index[f"{part}_at"][row])
-        return self._map(int(self.index["shard"][row]))[start : start + int(self.index[f"{part}_bytes"][row])]
+        view = memoryview(self._map(int(self.index["shard"][row])))
+        return view[start : start + int(self.index[f"{part}_bytes"][row])]
 
     def _array(self, row: int, part: str, code: int, shape: tuple[int, ...]) -> np.ndarray:
         head = npy_header(code, shape)
