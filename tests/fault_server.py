@@ -1,9 +1,10 @@
 """A web server of one folder with faults: python tests/fault_server.py FOLDER PORT [UPSTREAM].
 
 FOLDER/faults.json gives for a file's name the faults of its next GETs, one a request: "500", "503", "404", "cut" (the
-body ends halfway), "slow" (half a second before it), "wrong" (its last byte is another), "whole" (no Range), "moved"
-(to the same file of another host). An unlisted name is served. Each such request is a line of FOLDER/requests: name,
-first byte, fault or ok, with +key where the request brought an Authorization.
+body ends halfway), "slow" (half a second before it), "hung" (no answer while the server lives), "wrong" (its last byte
+is another), "whole" (no Range), "moved" (to the same file of another host). An unlisted name is served. Each such
+request is a line of FOLDER/requests: name, first byte, fault or ok, with +key where the request brought an
+Authorization.
 
 With UPSTREAM, the HOST:PORT of an S3 server, all is asked of that one, and only the faults are made here; what is
 written goes there directly.
@@ -68,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
     def _serve(self, fault: str) -> None:
+        if fault == "hung":
+            threading.Event().wait()
         if self.upstream:
             self._pass_on(fault)
             return

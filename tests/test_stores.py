@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,26 @@ def test_who_waits_for_a_fetch_that_fails_does_not_try_again(served, corpus, tmp
         tries = [pool.submit(index.open_shard, 0) for _ in range(2)]
         assert [str(task.exception()) for task in tries] == [f"{url}/{name}: {LASTING['500']}"] * 2
     assert [asked for asked, _, _ in fetched(folder)].count(name) == store.TRIES
+
+
+def test_a_loader_closes_while_a_server_hangs(served, corpus, tmp_path):
+    folder, url = served
+    data = stores.stream(stores.opened(url, tmp_path / "cache"))
+    (part,) = data.parts
+    first = {int(corpus["shard"][part.order.lane(0, 0, lane)[0]]) for lane in range(stores.BATCH)}
+    hung = [name for shard, name in enumerate(shards(corpus)) if shard not in first]
+    (folder / FAULTS).write_text(json.dumps(dict.fromkeys(hung, ["hung"] * 100)))
+    batches = stores.loader(data, 0, 10 * data.steps, workers=2)
+    next(batches)
+    deadline = time.monotonic() + 30
+    while "hung" not in [word for _, _, word in fetched(folder)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    closing.join(store.TIMEOUT / 2)
+    assert not closing.is_alive()
 
 
 def gone(url: str, folder: Path, cache: Path, seconds: float) -> list[str]:

@@ -81,6 +81,8 @@ class Cache:
         """
         stop = stop or threading.Event()
         while True:
+            if stop.is_set():
+                raise Stopped
             self._raise_again(blob)  # each time: who fetched it while this waited may have given it up
             file = self._opened(blob, now)
             if file is not None:

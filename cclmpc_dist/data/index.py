@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -88,8 +89,9 @@ class Index:
         """Where a shard is, for people."""
         return str(self.path / self.manifest["shards"][shard]["name"])
 
-    def open_shard(self, shard: int) -> BinaryIO:
-        """A shard, of the size that it must have. Raises InputError."""
+    def open_shard(self, shard: int, stop: threading.Event | None = None) -> BinaryIO:
+        """A shard, of the size that it must have. Raises InputError; store.Stopped where it would have to be waited
+        for and `stop` is set."""
         path = self.shard_path(shard)
         expected = self.manifest["shards"][shard]["bytes"]
         try:

@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import sys
+import threading
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,12 +119,14 @@ class Mixture:
             part.leave(step, own)
         return batch | {"lane": torch.tensor(list(lanes))}
 
-    def twin(self) -> "Mixture":
-        """The same with maps of its own, for another thread. Corpora, samples and memory for batches are shared."""
+    def twin(self, stop: threading.Event) -> "Mixture":
+        """The same with maps of its own, for another thread. Corpora, samples and memory for batches are shared. stop:
+        the reader's."""
         shared: list[object] = [self._buffers]
         for part in self.parts:
             shared += [part.index, part.order.samples, part.told]
-        return copy.deepcopy(self, {id(one): one for one in shared})
+        readers = {id(part._reader): Reader(part.index, stop) for part in self.parts}
+        return copy.deepcopy(self, {id(one): one for one in shared} | readers)
 
 
 class Stream:
@@ -289,8 +292,9 @@ def loader(
     gives them, in pinned memory where there is a GPU.
 
     workers: threads that read up to AHEAD batches each ahead; 0 reads when a batch is asked for. Threads suffice, since
-    copying and decompressing hold no lock of Python's. A batch stays as it is for as long as anything refers to it, and
-    what is read ahead ends with the iterator. Raises InputError.
+    copying and decompressing hold no lock of Python's. A batch stays as it is for as long as anything refers to it.
+    Closing the iterator ends the threads: they finish the batch that they are at, unless it waits for a store. Raises
+    InputError.
     """
     assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
     lanes = rank_lanes(stream.batch_size, rank, world, group)
@@ -311,9 +315,9 @@ def _batches(stream: Mixture, lanes: range, steps: range, workers: int) -> Gener
     if not workers:
         yield from map(partial(_pinned, stream, lanes), steps)
         return
-    idle: SimpleQueue[Mixture] = SimpleQueue()
+    stop, idle = threading.Event(), SimpleQueue[Mixture]()
     for _ in range(workers):
-        idle.put(stream.twin())
+        idle.put(stream.twin(stop))
 
     def make(step: int) -> Batch:
         own = idle.get()
@@ -322,7 +326,7 @@ def _batches(stream: Mixture, lanes: range, steps: range, workers: int) -> Gener
         finally:
             idle.put(own)
 
-    yield from in_order(ThreadPoolExecutor(workers), make, steps, AHEAD * workers)
+    yield from in_order(ThreadPoolExecutor(workers), make, steps, AHEAD * workers, stop)
 
 
 def _pinned(stream: Mixture, lanes: range, step: int) -> Batch:

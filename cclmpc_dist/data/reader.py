@@ -4,6 +4,7 @@ import io
 import json
 import math
 import mmap
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache
@@ -42,14 +43,12 @@ def npy_header(code: int, shape: tuple[int, ...]) -> bytes:
 
 
 class Reader:
-    """Reads samples through memory maps. One a thread: a copy has maps of its own."""
+    """Reads samples through memory maps. One a thread. stop: once set, Stopped is raised instead of waiting for a
+    store."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    def __init__(self, index: Index, stop: threading.Event | None = None) -> None:
+        self.index, self.stop = index, stop
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Reader, (self.index,)
 
     def image(self, row: int) -> np.ndarray:
         """Stored image (C, *S), a read-only view of the map unless the shards are compressed. Raises
@@ -105,7 +104,7 @@ class Reader:
         return recent(self._maps, shard, lambda: self._open(shard), MAPPED)
 
     def _open(self, shard: int) -> mmap.mmap:
-        with self.index.open_shard(shard) as file:
+        with self.index.open_shard(shard, self.stop) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file open, and its lock with it
 
     def _bytes(self, row: int, part: str) -> memoryview:

@@ -2,8 +2,10 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
@@ -12,11 +14,12 @@ from cclmpc_dist.config import Data, url_problems
 from cclmpc_dist.data import store
 from cclmpc_dist.data.cache import Blob, Cache
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index, parsed
-from cclmpc_dist.data.store import Url
+from cclmpc_dist.data.store import Stopped, Url
 from cclmpc_dist.errors import InputError, refuse
 
 LARGEST_MANIFEST = 1 << 30  # bytes [F]
 GIB = 1 << 30
+POLL = 0.1  # seconds between looks at whether anybody still waits
 NOW = "what is needed now is there or an error"
 
 
@@ -83,8 +86,8 @@ class RemoteIndex(Index):
         """Those of the index; shards are looked at when they come."""
         return self.contradictions()
 
-    def open_shard(self, shard: int) -> BinaryIO:
-        file = self.fetch(shard)
+    def open_shard(self, shard: int, stop: threading.Event | None = None) -> BinaryIO:
+        file = _unless(stop, partial(self.fetch, shard, stop=stop)) if stop else self.fetch(shard)
         assert file is not None, NOW
         return file
 
@@ -93,3 +96,27 @@ class RemoteIndex(Index):
         entry = self.manifest["shards"][shard]
         blob = Blob(Url(self.path), entry["name"], entry["bytes"], entry["sha256"])
         return self.cache.open(self._source, blob, now, stop)
+
+
+def _unless(stop: threading.Event, fetch: Callable[[], BinaryIO | None]) -> BinaryIO | None:
+    """What `fetch` gives. Raises Stopped soon after `stop` is set, whatever the server does: the thread that waits for
+    it is left to itself."""
+    result: Future[BinaryIO | None] = Future()
+
+    def work() -> None:
+        try:
+            file = fetch()
+        except BaseException as error:
+            if result.set_running_or_notify_cancel():
+                result.set_exception(error)
+            return
+        if result.set_running_or_notify_cancel():
+            result.set_result(file)
+        elif file is not None:
+            file.close()
+
+    threading.Thread(target=work, daemon=True).start()
+    while not wait([result], POLL).done:
+        if stop.is_set() and result.cancel():
+            raise Stopped
+    return result.result()

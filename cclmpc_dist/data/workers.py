@@ -31,10 +31,14 @@ def ordered(function: Callable[[Item], Result], items: Iterable[Item], workers: 
 
 
 def in_order(
-    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+    pool: Executor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    ahead: int,
+    stop: threading.Event | None = None,
 ) -> Generator[Result, None, None]:
-    """function(item) of each item by `pool`, in order; then the pool is shut down. While the caller has a result, up to
-    `ahead` others are under way or wait. Raises what the function raises."""
+    """function(item) of each item by `pool`, in order; then `stop` is set and the pool shut down. While the caller has
+    a result, up to `ahead` others are under way or wait. Raises what the function raises."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -44,6 +48,8 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
     finally:
+        if stop:
+            stop.set()
         pool.shutdown(cancel_futures=True)
 
 
