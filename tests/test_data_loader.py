@@ -218,6 +218,19 @@ def test_workers_hold_few_batches(corpus):
         assert len(blocks) <= 2 + AHEAD * 2, "beside those read ahead, the last one given and the next"
 
 
+def test_threads_take_the_current_gpu_of_who_starts_them(corpus, monkeypatch):
+    """What CUDA would be told on a machine with two."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append((device, threading.get_ident())))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(threading.get_ident()) or tensor)
+    pinned = []
+    assert len(list(loader(stream(corpus), 0, 6, workers=2))) == 6
+    assert {device for device, _ in told} == {1}
+    assert set(pinned) <= {thread for _, thread in told} - {threading.get_ident()}
+
+
 def test_threads_end_with_the_loader(corpus):
     before = threading.active_count()
     batches = loader(stream(corpus), 0, 10**6, workers=2)

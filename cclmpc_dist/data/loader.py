@@ -326,7 +326,14 @@ def _batches(stream: Mixture, lanes: range, steps: range, workers: int) -> Gener
         finally:
             idle.put(own)
 
-    yield from in_order(ThreadPoolExecutor(workers), make, steps, AHEAD * workers, stop)
+    yield from in_order(_threads(workers), make, steps, AHEAD * workers, stop)
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """A thread's current GPU is the first unless it is told: it would pin memory with a context there on every rank."""
+    if torch.cuda.is_available():
+        return ThreadPoolExecutor(count, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+    return ThreadPoolExecutor(count)
 
 
 def _pinned(stream: Mixture, lanes: range, step: int) -> Batch:
