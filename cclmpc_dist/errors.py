@@ -13,6 +13,10 @@ class InputError(Exception):
     """
 
 
+class NoFilesLeft(InputError):
+    """This process may open no more files: no other sample is read in place of one that this keeps from being read."""
+
+
 class LostRanks(Exception):
     """Other ranks are gone. The message is one line; the command line prints it without a traceback and exits with code
     1, so that the launcher starts all ranks again.

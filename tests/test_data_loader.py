@@ -1,6 +1,8 @@
 """Batches: the same at any world size, any number of workers and after any restart; crops against a plain oracle."""
 
+import gc
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -216,6 +218,28 @@ def test_workers_hold_few_batches(corpus):
     assert sum(1 for _ in loader(data, 0, 100, workers=2)) == 100
     for blocks in data._buffers._free.values():
         assert len(blocks) <= 2 + AHEAD * 2, "beside those read ahead, the last one given and the next"
+
+
+@pytest.fixture
+def few_files(tmp_path):
+    """A corpus of a case a shard, and a soft limit that leaves room for half of its shards."""
+    index = write(tmp_path / "out", numbered(30), shard_bytes=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()
+    free = sorted(set(range(1000)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[15], before[1]))
+    yield index
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_loader_raises_the_limit_of_open_files(few_files):
+    assert sum(1 for _ in loader(stream(few_files), 0, 60, workers=3)) == 60
+
+
+def test_a_limit_of_open_files_is_told_as_what_it_is(few_files):
+    data = stream(few_files, on_error="skip")
+    with pytest.raises(InputError, match=r"^[^:]*: this process may open no more files: raise the limit [^:]*$"):
+        [data.batch(step, range(4)) for step in range(60)]
 
 
 def test_threads_take_the_current_gpu_of_who_starts_them(corpus, monkeypatch):

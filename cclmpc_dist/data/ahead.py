@@ -125,7 +125,7 @@ class Fetcher:
         self._failed: set[int] = set()
         self._no_room_until = 0.0
         self._stop, self._changed = threading.Event(), threading.Condition()
-        _allow_files(2 * len(lanes) * order.block)
+        allow_files(2 * len(lanes) * order.block)
         self.move(step)
         for _ in range(THREADS):
             threading.Thread(target=self._work, daemon=True).start()
@@ -199,8 +199,9 @@ class Fetcher:
                 file.close()
 
 
-def _allow_files(count: int) -> None:
+def allow_files(count: int) -> None:
     """Raise this process's limit of open files by `count`, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or soft + count <= hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft + count, hard))
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,6 +1,7 @@
 """The index beside the shards: arrays that are memory-mapped (columns.py), no Python object a sample."""
 
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -90,8 +91,8 @@ class Index:
         return str(self.path / self.manifest["shards"][shard]["name"])
 
     def open_shard(self, shard: int, stop: threading.Event | None = None) -> BinaryIO:
-        """A shard, of the size that it must have. Raises InputError; store.Stopped where it would have to be waited
-        for and `stop` is set."""
+        """A shard, of the size that it must have. Raises InputError; OSError where this process may open no more
+        files; store.Stopped where it would have to be waited for and `stop` is set."""
         path = self.shard_path(shard)
         expected = self.manifest["shards"][shard]["bytes"]
         try:
@@ -99,6 +100,8 @@ class Index:
         except FileNotFoundError:
             raise InputError(f"{path}: missing: copy it beside the index, or shard again") from None
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
             raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again or shard again") from None
         size = os.fstat(file.fileno()).st_size
         if size != expected:  # reading beyond the end of a map would kill the process

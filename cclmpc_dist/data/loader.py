@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from cclmpc_dist.data import draws
-from cclmpc_dist.data.ahead import Course, ahead
+from cclmpc_dist.data.ahead import Course, ahead, allow_files
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
-from cclmpc_dist.data.reader import Reader, copy_rows, region
+from cclmpc_dist.data.reader import MAPPED, Reader, copy_rows, region
 from cclmpc_dist.data.remote import RemoteIndex
 from cclmpc_dist.data.seen import AS_STORED, Seen
 from cclmpc_dist.data.workers import AHEAD, in_order
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, NoFilesLeft
 
 Batch = dict[str, Any]
 
@@ -207,6 +207,8 @@ class Stream:
             try:
                 label = self._reader.label(row) if self.with_label else None
                 return _Volume(row, self._reader.image(row), label, passed)
+            except NoFilesLeft:
+                raise
             except InputError as error:
                 if self.on_error == "fail":
                     raise InputError(f"{error}, or set data.on_error=skip") from None
@@ -293,12 +295,14 @@ def loader(
 
     workers: threads that read up to AHEAD batches each ahead; 0 reads when a batch is asked for. Threads suffice, since
     copying and decompressing hold no lock of Python's. A batch stays as it is for as long as anything refers to it.
+    Each thread holds up to MAPPED shards of each corpus open, for which the process's limit of open files is raised.
     Closing the iterator ends the threads: they finish the batch that they are at, unless it waits for a store. Raises
     InputError.
     """
     assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
     lanes = rank_lanes(stream.batch_size, rank, world, group)
     wanted = range(start_step, start_step + steps)
+    allow_files(max(1, workers) * len(stream.parts) * MAPPED)
     with ExitStack() as stack:
         moves = [
             stack.enter_context(ahead(part.index, part.order, own, start_step, start_step + steps))

@@ -1,5 +1,6 @@
 """Volumes and crops out of the shards. Layout: C channels, S spatial."""
 
+import errno
 import io
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cclmpc_dist.data.index import DTYPES, Index
-from cclmpc_dist.errors import InputError
+from cclmpc_dist.errors import InputError, NoFilesLeft
 
 MAPPED = 64  # shards kept mapped at a time
 LABEL = len(DTYPES)  # dtype code of labels, beside those of images
@@ -104,8 +105,14 @@ class Reader:
         return recent(self._maps, shard, lambda: self._open(shard), MAPPED)
 
     def _open(self, shard: int) -> mmap.mmap:
-        with self.index.open_shard(shard, self.stop) as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file open, and its lock with it
+        try:
+            with self.index.open_shard(shard, self.stop) as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file open, and its lock with it
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise NoFilesLeft(f"{self.index.shard_name(shard)}: this process may open no more files: raise the limit "
+                              "(ulimit -n), or lower data.workers") from None  # fmt: skip
 
     def _bytes(self, row: int, part: str) -> memoryview:
         """A view of the map, which stays open with it: copying a map's bytes would hold Python's lock while a disk is
