@@ -36,10 +36,14 @@ def ranked(words: np.ndarray) -> np.ndarray:
     same order unless two words are alike in all other bits, which for few words is next to never.
     """
     low = np.uint64((1 << len(words).bit_length()) - 1)
-    packed = (words & ~low) | np.arange(len(words), dtype=np.uint64)
+    packed = words & ~low
+    packed |= np.arange(len(words), dtype=np.uint64)
     packed.sort()
     alike = (packed[1:] ^ packed[:-1]) <= low
-    return np.argsort(words, kind="stable") if alike.any() else (packed & low).astype(np.int64)
+    if alike.any():
+        return np.argsort(words, kind="stable")
+    packed &= low
+    return packed.view(np.int64)
 
 
 def rank_lanes(batch: int, rank: int, world: int, group: int = 1) -> range:
@@ -157,11 +161,9 @@ class Order:
 
         def make() -> np.ndarray:
             shards = self._layout(epoch)[0][number * self.block : (number + 1) * self.block]
-            runs = [
-                np.arange(first, first + count)
-                for first, count in zip(self._first[shards], self._count[shards], strict=True)
-            ]
-            members = np.concatenate(runs)
+            count = self._count[shards]
+            ends = np.cumsum(count)
+            members = np.repeat(self._first[shards] - ends + count, count) + np.arange(ends[-1])
             return members[permutation(len(members), self.seed, self.stream, "block", epoch, number)]
 
         return recent(self._blocks, (epoch, number), make, 2 * self.batch_size + 2)
