@@ -36,7 +36,7 @@ def test_a_start_makes_no_object_a_sample(corpus: Path, monkeypatch: pytest.Monk
         objects = sum(trace.count for trace in tracemalloc.take_snapshot().statistics("filename"))
     finally:
         tracemalloc.stop()
-    assert order.n == SAMPLES - bench.LABELLED
+    assert order.n == SAMPLES - bench.LABELLED - bench.VAL
     assert held < 8 * SAMPLES
     assert peak < 40 * SAMPLES
     assert objects < SAMPLES // 10
@@ -46,7 +46,7 @@ def test_the_index_is_that_of_a_real_corpus(corpus: Path) -> None:
     """What the benchmark measures is what `merge` and `Index` make of any corpus."""
     index = Index.open(corpus)
     assert index.unsound() == ""
-    assert index.manifest["counts"] == {"samples": SAMPLES, "with_label": A_SHARD, "labelled": 1000, "val": 0}
+    assert index.manifest["counts"] == {"samples": SAMPLES, "with_label": A_SHARD, "labelled": 1000, "val": 1000}
     assert index.find(["slice-000054321"]).tolist() == [54321]
     shard = index["shard"] == 7
     ends = index["image_at"][shard] + index["image_bytes"][shard]
@@ -85,8 +85,7 @@ def test_bench_index_tells_of_start_and_order(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert {record["case"] for record in records} == {"100,000 samples in 200 shards"}
     told = {(record["variant"], record["metric"]): record["value"] for record in records}
-    assert {("start, cached", "seconds"), ("start, from disk", "memory"), ("order, any step", "order, p99")} <= set(
-        told
-    )
+    wanted = {("start, cached", "seconds"), ("start, from disk", "memory"), ("order, any step", "order, p99")}
+    assert wanted | {("verify, no shard read", "private memory")} <= set(told)
     assert {record["unit"] for record in records} == {"s", "ms", "MiB"}
     assert all(value > 0 for (_, metric), value in told.items() if metric != "memory")

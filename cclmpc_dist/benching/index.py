@@ -1,25 +1,28 @@
-"""`cclmpc bench index`: what a corpus of millions of samples costs a rank at its start, and what a step's order costs.
+"""`cclmpc bench index`: what a corpus of millions of samples costs a rank at its start, what a step's order costs, and
+what `cclmpc verify` holds.
 
 The index is made as `cclmpc shard` makes one, of the pieces of its shards by `merge`; the shards are files of the right
 size that hold nothing. Each measurement runs in a process of its own; memory is the process's largest resident set over
-that after the imports, pages of the mapped index included.
+that after the imports, pages of the mapped index included, which private memory is without.
 """
 
 import os
 import tempfile
+import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from cclmpc_dist.benching.alone import alone, answer, memory
 from cclmpc_dist.config import Config, parse
-from cclmpc_dist.data.index import INDEX, MANIFEST
+from cclmpc_dist.data import verify
+from cclmpc_dist.data.index import INDEX, MANIFEST, Index
 from cclmpc_dist.data.loader import Mixture
 from cclmpc_dist.data.merge import merge
 from cclmpc_dist.data.order import rank_lanes
@@ -33,6 +36,8 @@ FLOATS = {"scale": 0.01, "offset": 0.0, "low": -np.inf, "high": np.inf}
 HEADER = 512  # of a tar's member, whose bytes are padded to a multiple of it
 WITH_LABEL = 100  # every so many-th shard holds labels
 LABELLED = 1000  # of these samples
+VAL = 1000  # of the others, the last ones
+LOOK = 0.02  # seconds between looks at the memory
 RANKS, LANES = 8, 4  # lanes of each rank
 Record = dict[str, Any]
 
@@ -43,7 +48,8 @@ def bench_index(folder: Path, samples: int, a_shard: int, trials: int, repeats: 
     merge: parts to index. start: from the opening to streams that can draw, as a rank does, with the index in the page
     cache and with it thrown out (as far as the system obeys); the median of `repeats`. order: one rank's LANES lanes of
     a step, median and 99th percentile of `trials`: `any step`, of an epoch that was not touched before; `any step of an
-    epoch`, in blocks that were not; `next step`. plan: `cclmpc plan`.
+    epoch`, in blocks that were not; `next step`. plan: `cclmpc plan`. verify: `cclmpc verify`, but that no shard is
+    read: it is told a name and a small image of each sample.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = str(Path(place) / "corpus")
@@ -52,6 +58,7 @@ def bench_index(folder: Path, samples: int, a_shard: int, trials: int, repeats: 
         found["start, from disk"] = _median([alone(_start, path=path, cold=True) for _ in range(repeats)])
         found |= alone(_order, path=path, trials=trials)
         found["plan"] = alone(_plan, path=path)
+        found["verify, no shard read"] = alone(_verify, path=path)
         found["index"] = {"size": (Path(path) / INDEX).stat().st_size / MIB}
     case = f"{samples:,} samples in {-(-samples // a_shard):,} shards"
     return [
@@ -89,7 +96,7 @@ def write_pieces(out: Path, samples: int, a_shard: int) -> None:
         name = part.shard(number).name
         entry = {"name": name, "bytes": size, "samples": len(rows.keys), "sha256": sha256(name.encode()).hexdigest()}
         rows.save(part.piece(number), shard=entry, stop=first + len(rows.keys), inputs="", settings={}, judged=[])
-    settings = asdict(Settings("bench", labelled=min(LABELLED, samples))) | {"cases": samples, "keys": ""}
+    settings = asdict(Settings("bench", labelled=LABELLED, val_last=VAL)) | {"cases": samples, "keys": ""}
     part.write(settings, shards=count, skipped=[], inputs="")
 
 
@@ -179,5 +186,42 @@ def _plan(path: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "memory": _peak_mib() - before}
 
 
+# ---- what verify does -----------------------------------------------------------------------------------------------
+
+
+def _verify(path: str) -> dict[str, float]:
+    verify._shard = _told
+    before, began = _peak_mib(), time.perf_counter()
+    private = _most_private(lambda: verify.verify(path))
+    return {"seconds": time.perf_counter() - began, "memory": _peak_mib() - before, "private memory": private}
+
+
+def _told(index: Index, number: int, rows: np.ndarray, file: BinaryIO, told: verify._Told) -> Iterator[str]:
+    """As verify reads a shard of sound samples, no two of them alike."""
+    for row in rows.tolist():
+        told.splits.patient(told.corpus, row, index.key(row))
+        told.splits.image(told.corpus, row, np.array([row, row + 1], "<i4").view("<i2"))
+    return iter(())
+
+
+def _most_private(work: Callable[[], list[str]]) -> float:
+    """MiB that no file stands behind while `work` is done, at most, over those before."""
+    before, most, done = memory("RssAnon"), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not done.wait(LOOK):
+            most = max(most, memory("RssAnon"))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        assert work() == []
+    finally:
+        done.set()
+        looking.join()
+    return (most - before) / MIB
+
+
 if __name__ == "__main__":
-    answer(_merge, _start, _order, _plan)
+    answer(_merge, _start, _order, _plan, _verify)
