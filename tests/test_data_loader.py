@@ -14,11 +14,12 @@ import torch
 from corpora import numbered, write
 
 from cclmpc_dist.data import draws
+from cclmpc_dist.data.ahead import _Given
 from cclmpc_dist.data.case import Case
 from cclmpc_dist.data.index import Index, select
 from cclmpc_dist.data.loader import AHEAD, Mixture, Stream, loader, to_device
 from cclmpc_dist.data.order import rank_lanes
-from cclmpc_dist.data.reader import Reader
+from cclmpc_dist.data.reader import MAPPED, Reader
 from cclmpc_dist.errors import InputError
 
 PATCH = (6, 4, 5)
@@ -221,19 +222,33 @@ def test_workers_hold_few_batches(corpus):
 
 
 @pytest.fixture
-def few_files(tmp_path):
+def few_files(tmp_path, monkeypatch):
     """A corpus of a case a shard, and a soft limit that leaves room for half of its shards."""
     index = write(tmp_path / "out", numbered(30), shard_bytes=1)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     gc.collect()
     free = sorted(set(range(1000)) - set(map(int, os.listdir("/proc/self/fd"))))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[15], before[1]))
+    monkeypatch.setattr("cclmpc_dist.data.ahead._given", _Given())
     yield index
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_loader_raises_the_limit_of_open_files(few_files):
     assert sum(1 for _ in loader(stream(few_files), 0, 60, workers=3)) == 60
+
+
+def test_loaders_raise_the_limit_once_for_those_that_live_at_a_time(few_files):
+    def limit():
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    before = limit()
+    for _ in range(3):
+        next(loader(stream(few_files), 0, 60, workers=0))
+    assert limit() == before + MAPPED
+    two = [loader(stream(few_files), 0, 60, workers=0) for _ in range(2)]
+    assert len([next(one) for one in two]) == 2
+    assert limit() == before + 2 * MAPPED
 
 
 def test_a_limit_of_open_files_is_told_as_what_it_is(few_files):

@@ -104,11 +104,23 @@ def ahead(index: Index, order: Order, lanes: Sequence[int], step: int, end: int)
     if not isinstance(index, RemoteIndex):
         yield lambda step: None
         return
-    fetcher = Fetcher(index, order, lanes, step, end)
-    try:
-        yield fetcher.move
-    finally:
-        fetcher.stop()
+    with files(2 * len(lanes) * order.block):
+        fetcher = Fetcher(index, order, lanes, step, end)
+        try:
+            yield fetcher.move
+        finally:
+            fetcher.stop()
+
+
+@dataclass
+class _Given:
+    """Files that are given to whoever is inside `files`."""
+
+    now: int = 0
+    most: int = 0
+
+
+_given = _Given()
 
 
 class Fetcher:
@@ -125,7 +137,6 @@ class Fetcher:
         self._failed: set[int] = set()
         self._no_room_until = 0.0
         self._stop, self._changed = threading.Event(), threading.Condition()
-        allow_files(2 * len(lanes) * order.block)
         self.move(step)
         for _ in range(THREADS):
             threading.Thread(target=self._work, daemon=True).start()
@@ -199,9 +210,18 @@ class Fetcher:
                 file.close()
 
 
-def allow_files(count: int) -> None:
-    """Raise this process's limit of open files by `count`, as far as it may."""
+@contextmanager
+def files(count: int) -> Iterator[None]:
+    """Inside, this process may have `count` files open besides what others were given that are inside too: its limit is
+    raised for the most there ever were at a time, as far as it may be, and not lowered again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    _given.now += count
+    missing = _given.now - _given.most
+    if missing > 0 and soft != resource.RLIM_INFINITY:
+        wanted = soft + missing if hard == resource.RLIM_INFINITY else min(soft + missing, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _given.most = max(_given.now, _given.most)
+    try:
+        yield
+    finally:
+        _given.now -= count

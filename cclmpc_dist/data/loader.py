@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cclmpc_dist.data import draws
-from cclmpc_dist.data.ahead import Course, ahead, allow_files
+from cclmpc_dist.data.ahead import Course, ahead, files
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.order import Order, rank_lanes
 from cclmpc_dist.data.reader import MAPPED, Reader, copy_rows, region
@@ -302,8 +302,8 @@ def loader(
     assert group == 1 or len(stream.parts) == 1, "lanes that stay together lie in one corpus"
     lanes = rank_lanes(stream.batch_size, rank, world, group)
     wanted = range(start_step, start_step + steps)
-    allow_files(max(1, workers) * len(stream.parts) * MAPPED)
     with ExitStack() as stack:
+        stack.enter_context(files(max(1, workers) * len(stream.parts) * MAPPED))
         moves = [
             stack.enter_context(ahead(part.index, part.order, own, start_step, start_step + steps))
             for part, own in stream.split(lanes)
