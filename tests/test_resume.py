@@ -2,11 +2,14 @@
 
 import json
 import random
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stores
 import toy
 import yaml
 from ranks import run_ranks
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from cclmpc_dist.config import parse
 from cclmpc_dist.distributed import runtime
+from cclmpc_dist.training import setup
 from cclmpc_dist.training.checkpoint import pack_optimizer
 from cclmpc_dist.training.monitor import Window
 from cclmpc_dist.training.trainer import Batches, Trainer
@@ -174,6 +178,53 @@ def test_sigterm_saves_and_exits_75(toy_corpus: Path, tmp_path: Path) -> None:
     code, output = toy.finish(process)
     assert code == 75, output
     assert list((tmp_path / "toy" / "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_while_a_store_hangs_loses_nothing(workers: int, toy_corpus: Path, tmp_path: Path) -> None:
+    """In the midst of a step, of three microbatches."""
+    shutil.copytree(toy_corpus, tmp_path / "served")
+    with stores.fault_server(tmp_path / "served") as url:
+        changes = {"data__block": 1, "data__batch_labelled": 1, "data__batch_unlabelled": 1, "accumulate": 3,
+                   "budget__images": 30, "checkpoint__every_steps": 0, "model__dropout": 0.5}  # fmt: skip
+        raw = toy.settings(url, tmp_path, data__cache=str(tmp_path / "cache"), data__workers=workers, **changes)
+        configuration = _write(tmp_path / "c.yaml", raw)
+        faults, shard, step = tmp_path / "served" / "faults.json", *_late(toy.settings(toy_corpus, tmp_path, **changes))
+        faults.write_text(json.dumps({shard: ["hung"] * 100}))
+        process = toy.launch(1, "train", configuration)
+        toy.wait_for_step(process, tmp_path / "toy", step // 3)
+        time.sleep(1)
+        process.terminate()
+        code, output = toy.finish(process)
+        assert code == 75, output
+        assert f"saved at step {step // 3}:" in output
+        faults.unlink()
+        assert f"going on from step {step // 3}" in toy.run(1, "train", configuration)
+        straight = raw | {"name": "straight"}
+        toy.run(1, "train", _write(tmp_path / "straight.yaml", straight))
+    last = sorted((tmp_path / "toy" / "checkpoints").glob("step-*"))[-1].name
+    ended = [toy.tensors(tmp_path / name / "checkpoints" / last) for name in ("toy", "straight")]
+    counts = [name for name in ended[0] if name.endswith("num_batches_tracked")]  # which nothing reads
+    assert len(counts) < len(ended[0]) / 5
+    toy.assert_same(*({name: one[name] for name in one if name not in counts} for one in ended))
+
+
+def _late(raw: dict[str, Any]) -> tuple[str, int]:
+    """A shard that is first needed in the midst of a later step, and the microbatch that needs it."""
+    config = parse(raw, "toy")
+    index, method, cases = setup.corpora(config)
+    first: dict[int, int] = {}
+    for stream in setup.streams(config, index, method, cases, 1).values():
+        (part,) = stream.parts
+        for step in range(part.order.steps):
+            for row in part.order.batch(step, range(1))[0]:
+                shard = int(part.index["shard"][row])
+                first[shard] = min(step, first.get(shard, step))
+    shard, step = max(first.items(), key=lambda item: item[1])
+    assert step > 3
+    assert step % 3
+    return index[0].manifest["shards"][shard]["name"], step
 
 
 def test_two_runs_in_one_folder_are_refused(toy_corpus: Path, tmp_path: Path) -> None:

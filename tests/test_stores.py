@@ -21,6 +21,7 @@ from cclmpc_dist.benching.served import free_port
 from cclmpc_dist.data import store
 from cclmpc_dist.data.index import INDEX, MANIFEST, Index
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.training import preemption
 
 COUNT = 24
 EPOCHS = 2
@@ -168,20 +169,51 @@ def test_who_waits_for_a_fetch_that_fails_does_not_try_again(served, corpus, tmp
     assert [asked for asked, _, _ in fetched(folder)].count(name) == store.TRIES
 
 
-def test_a_loader_closes_while_a_server_hangs(served, corpus, tmp_path):
-    folder, url = served
-    data = stores.stream(stores.opened(url, tmp_path / "cache"))
+def hanging(folder: Path, url: str, corpus: Index, cache: Path, workers: int) -> Iterator[dict]:
+    """A loader behind a server that answers for the shards of its first batch alone."""
+    data = stores.stream(stores.opened(url, cache))
     (part,) = data.parts
     first = {int(corpus["shard"][part.order.lane(0, 0, lane)[0]]) for lane in range(stores.BATCH)}
     hung = [name for shard, name in enumerate(shards(corpus)) if shard not in first]
     (folder / FAULTS).write_text(json.dumps(dict.fromkeys(hung, ["hung"] * 100)))
-    batches = stores.loader(data, 0, 10 * data.steps, workers=2)
-    next(batches)
+    return stores.loader(data, 0, 10 * data.steps, workers=workers)
+
+
+def await_hung(folder: Path) -> None:
     deadline = time.monotonic() + 30
     while "hung" not in [word for _, _, word in fetched(folder)]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_the_wait_for_a_server_that_hangs(served, corpus, tmp_path, monkeypatch, workers):
+    folder, url = served
+    batches = hanging(folder, url, corpus, tmp_path / "cache", workers)
+    monkeypatch.setattr(preemption, "_received", [])
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    preemption.listen()
+    sender = threading.Thread(target=lambda: (await_hung(folder), os.kill(os.getpid(), signal.SIGTERM)))
+    try:
+        next(batches)
+        sender.start()
+        with pytest.raises(preemption.Preempted), preemption.interrupting():
+            list(batches)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert preemption.signalled()
+    with pytest.raises(preemption.Preempted), preemption.interrupting():
+        pytest.fail("the signal came before")
+
+
+def test_a_loader_closes_while_a_server_hangs(served, corpus, tmp_path):
+    folder, url = served
+    batches = hanging(folder, url, corpus, tmp_path / "cache", 2)
+    next(batches)
+    await_hung(folder)
     closing = threading.Thread(target=batches.close)
     closing.start()
     closing.join(store.TIMEOUT / 2)

@@ -2,12 +2,19 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from cclmpc_dist.errors import InputError
 
 _received: list[int] = []
+_interrupts = False
+
+
+class Preempted(BaseException):
+    """A signal came inside `interrupting`. As with KeyboardInterrupt, none but the loop may catch it."""
 
 
 def listen() -> None:
@@ -21,8 +28,25 @@ def listen() -> None:
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
+    global _interrupts
     _received.append(number)
     signal.signal(number, signal.SIG_DFL)
+    if _interrupts:
+        _interrupts = False  # a signal of the other kind must not interrupt the save
+        raise Preempted
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Inside, a signal ends a wait by Preempted, at once where it came before."""
+    global _interrupts
+    _interrupts = True
+    try:
+        if _received:
+            raise Preempted
+        yield
+    finally:
+        _interrupts = False
 
 
 def signalled() -> bool:

@@ -26,6 +26,19 @@ def norm_buffers(module: nn.Module) -> list[Tensor]:
     return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
 
 
+def random_state(device: torch.device) -> Tensors:
+    """Of the generators that dropout draws from: rng.cpu, and rng.cuda on a GPU."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def set_random_state(device: torch.device, state: Tensors) -> None:
+    """Put back what `random_state` gave, as far as the device is of that kind."""
+    torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng.cuda"])
+
+
 def averaged(module: nn.Module) -> nn.Module:
     """The module, with norm statistics that are the mean over ranks. Collective."""
     runtime.average_(norm_buffers(module))
@@ -49,9 +62,7 @@ def tensors(trainer: "Trainer") -> tuple[dict[str, Tensors], Tensors, dict[str, 
     if trainer.ema is not None:
         groups["ema"] = _averaged_state(trainer.ema.module)
     groups |= {"optimizer": optimizer, "method": trainer.method.state_dict()}
-    mine: Tensors = {"rng.cpu": torch.get_rng_state()}
-    if trainer.device.type == "cuda":
-        mine["rng.cuda"] = torch.cuda.get_rng_state()
+    mine = random_state(trainer.device)
     for name, module in modules.items():
         mine |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
     mine |= {f"optimizer.{name}": value for name, value in own.items()}
@@ -135,9 +146,7 @@ def _check_streams(trainer: "Trainer", step: int, state: dict[str, Any]) -> None
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:
-    torch.set_rng_state(mine["rng.cpu"])
-    if "rng.cuda" in mine and trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(mine["rng.cuda"])
+    set_random_state(trainer.device, mine)
     for name, module in modules.items():
         module.load_state_dict(_part(mine, name), strict=False)
     if own := _part(mine, "method"):

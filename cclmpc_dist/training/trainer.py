@@ -6,7 +6,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from cclmpc_dist.training.monitor import Monitor, Window, memory_mib
 from cclmpc_dist.training.objective import objective
 from cclmpc_dist.training.pace import Pace, slowest
 from cclmpc_dist.training.schedule import rate
-from cclmpc_dist.training.state import averaged, norm_buffers, restore, save
+from cclmpc_dist.training.state import averaged, norm_buffers, random_state, restore, save, set_random_state
 from cclmpc_dist.training.throughput import Meter
 from cclmpc_dist.words import counted
 
@@ -82,6 +82,7 @@ class Trainer:
         self.pace = Pace(self.device)
         self.best: dict[str, float] = {}  # Dice and step of the best validation so far
         self.saved, self.saved_at = 0, time.monotonic()
+        self.before: list[Tensor] = []  # norm statistics before the step
         self.preempted, self.grace = False, preemption.grace()
         self.meter = Meter(self.device, config.precision)
         self.monitor = Monitor(config.folder, config.name, self.total, active=self.rank == 0)
@@ -214,8 +215,10 @@ class Trainer:
         batches = self._loader()
         window = Window()
         while self.step < self.totals[self.phase] and not self.preempted:
-            with window.step():
+            with self._whole_or_none(), window.step():
                 values = self._train_step(batches, window)
+            if self.preempted:
+                break
             self.step, self.done = self.step + 1, self.done + 1
             self._profile()
             self.watch.beat(self.done)
@@ -249,7 +252,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batches], window: Window) -> dict[str, float]:
         """One optimiser step, or a step that all ranks skip. Returns its scalars: means over the microbatches."""
-        before = [buffer.clone() for buffer in self.buffers]
+        self.before = [buffer.clone() for buffer in self.buffers]
         weights = self.method.weights(self.step)
         active = frozenset(name for name in weights if weights[name] > 0)
         parts = self.config.accumulate
@@ -259,7 +262,8 @@ class Trainer:
         self.strategy.wrapped.train()
         for micro in range(parts):
             self.pace.begin()
-            with record_function("data wait"):
+            # A signal ends the wait for a store that hangs. One rank of several cannot leave a step alone.
+            with record_function("data wait"), preemption.interrupting() if self.world == 1 else nullcontext():
                 batch = window.wait_for(batches)
             self.watch.beat(self.done)
             with self.strategy.microbatch(last=micro + 1 == parts):
@@ -282,13 +286,13 @@ class Trainer:
             values["data/skipped"] *= parts
             window.own.append(self.pace.seconds())
             kept = math.isfinite(values["train/gradient_norm"]) and math.isfinite(values["loss/total"])
-            self._update(kept, before)
+            self._update(kept)
         shown = {name: value for name, value in values.items() if not name.startswith("flag/")}
         named = {f"weight/{name}": weight for name, weight in weights.items()}
         window.add(shown | named if kept else {"data/skipped": values["data/skipped"]})
         return values
 
-    def _update(self, kept: bool, before: list[Tensor]) -> None:
+    def _update(self, kept: bool) -> None:
         """Step the optimiser and what follows it; or leave all as it was, norm statistics too."""
         if kept:
             self.strategy.step()
@@ -299,12 +303,27 @@ class Trainer:
         else:
             self.strategy.discard()
             self.method.discard_step()
-            for buffer, old in zip(self.buffers, before, strict=True):
-                buffer.copy_(old)
+            self._put_back_statistics()
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == SKIPS_IN_A_ROW:
             raise InputError(f"{self.config.folder}: {SKIPS_IN_A_ROW} steps in a row had no finite gradient, up to "
                              f"step {self.done}: lower optim.lr, or set precision to bf16 or fp32")  # fmt: skip
+
+    def _put_back_statistics(self) -> None:
+        for buffer, old in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(old)
+
+    @contextmanager
+    def _whole_or_none(self) -> Iterator[None]:
+        """Around a step: where a signal ends its wait for data, a checkpoint's content is as before the step, but for
+        batch norm's counts of its calls, which nothing reads."""
+        positions, random = dict(self.positions), random_state(self.device)
+        try:
+            yield
+        except preemption.Preempted:
+            self._put_back_statistics()
+            set_random_state(self.device, random)
+            self.positions, self.preempted = positions, True
 
     def _flags(self, batch: Batches) -> dict[str, Additive]:
         """Requests to stop (any rank's) and to save (rank 0's clock), and samples skipped on any rank: they travel in
