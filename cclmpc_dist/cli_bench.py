@@ -72,7 +72,7 @@ def bench_index(
     repeats: Annotated[int, typer.Option(min=1, help="starts that the medians are of")] = 3,
     out: Out = None,
 ) -> None:
-    """A corpus of millions of samples: seconds and memory of a rank's start, milliseconds of a step's order."""
+    """A corpus of millions of samples: a rank's start, a step's order, and the memory of `cclmpc verify`."""
     from cclmpc_dist.benching.index import bench_index as measure
 
     _record(measure(folder, samples, shard_samples, trials, repeats), out)
