@@ -135,7 +135,7 @@ class Contrast(Settings):
         "(naive); auto takes what receives fewer bytes (docs/exchange.md)",
     )
     group: PositiveInt | None = Field(None, description="neighbouring ranks that share keys; unset is all")
-    tile: PositiveInt = Field(1024, description="keys visited at a time by the streaming loss; more on a GPU")
+    tile: PositiveInt = Field(1024, description="keys visited at a time by the streaming loss, on a GPU at least")
 
 
 class CCLMPC(Settings):

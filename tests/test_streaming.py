@@ -146,6 +146,16 @@ def test_tiles_are_large_where_launches_cost(case, monkeypatch):
     assert 5 * number["meta"] < number["cpu"]
 
 
+def test_a_tile_wider_than_the_keys_leaves_rows_their_room():
+    anchors, keys = torch.zeros(64, 4), torch.zeros(8, 4)
+    number = {}
+    for tile in (8, streaming.LOGITS):
+        with Calls() as calls:
+            streaming.lse(anchors, [Keys(keys)], 1.0, tile)
+        number[tile] = calls.number
+    assert number[streaming.LOGITS] == number[8]
+
+
 @pytest.mark.parametrize("exchange", ["keys", "anchors"])
 @pytest.mark.parametrize("case", ["sbcl", "cgcl"])
 def test_streaming_never_holds_all_logits(case, exchange):

@@ -67,9 +67,11 @@ class _Tile(NamedTuple):
     label: Tensor | None
 
 
-def _fitting(tile: int, anchors_NF: Tensor) -> int:
-    """Keys of a tile. A GPU pays for every launch, and no cache wants small tiles: there one fills the buffer."""
-    return tile if anchors_NF.device.type == "cpu" else max(tile, LOGITS // max(1, len(anchors_NF)))
+def _fitting(tile: int, anchors_NF: Tensor, keys: Sequence[Tensor]) -> int:
+    """Keys of a tile, no more than the longest block has: wider ones would leave rows no room. A GPU pays for every
+    launch, and no cache wants small tiles: there one fills the buffer."""
+    wanted = tile if anchors_NF.device.type == "cpu" else max(tile, LOGITS // max(1, len(anchors_NF)))
+    return max(1, min(wanted, max(map(len, keys), default=0)))
 
 
 def _tiles(keys: Sequence[Tensor], masks: list[tuple[Tensor | None, Tensor | None]], tile: int) -> list[_Tile]:
@@ -92,9 +94,8 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _buffer(anchors_NF: Tensor, keys: Sequence[Tensor], tile: int) -> Tensor:
-    rows, width = min(len(anchors_NF), max(1, LOGITS // tile)), min(tile, max(map(len, keys), default=0))
-    return anchors_NF.new_empty(rows * width)
+def _buffer(anchors_NF: Tensor, tile: int) -> Tensor:
+    return anchors_NF.new_empty(min(len(anchors_NF), max(1, LOGITS // tile)) * tile)
 
 
 def _product(anchors_NF: Tensor, keys_TF: Tensor, buffer: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class _LSE(torch.autograd.Function):
             scaled = anchors * (LOG2_E / temperature)
             lse = anchors.new_empty(len(anchors))
             mean = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
-            tiles, buffer = _tiles(keys, masks, tile), _buffer(anchors, keys, tile)
+            tiles, buffer = _tiles(keys, masks, tile), _buffer(anchors, tile)
             for rows in _rows(anchors, tile):
                 part = None if mean is None else mean[rows]
                 lse[rows] = _lse_of_rows(scaled, anchor_label, rows, tiles, buffer, part)
@@ -131,7 +132,7 @@ class _LSE(torch.autograd.Function):
                 scaled, weighted = anchors * (LOG2_E / ctx.temperature), weight * anchors
                 base = finite(lse)[:, None] * LOG2_E
                 tiles = [tile for tile in _tiles(keys, ctx.masks, ctx.tile) if wanted[tile.block]]
-                buffer = _buffer(anchors, keys, ctx.tile)
+                buffer = _buffer(anchors, ctx.tile)
                 for rows in _rows(anchors, ctx.tile):
                     for tile in tiles:
                         share = _masked_logits(scaled, anchor_label, rows, tile, buffer).sub_(base[rows]).exp2_()
@@ -241,7 +242,7 @@ class _Positives(torch.autograd.Function):
             scaled = anchors / -temperature
             total, count, slope = (torch.zeros_like(lse) for _ in range(3))
             pull = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
-            buffer, sigmoid = _buffer(anchors, keys, tile), _buffer(anchors, keys, tile)
+            buffer, sigmoid = _buffer(anchors, tile), _buffer(anchors, tile)
             tiles = _tiles(keys, masks, tile)
             for rows in _rows(anchors, tile):
                 for part in tiles:
@@ -269,7 +270,7 @@ class _Positives(torch.autograd.Function):
             if any(wanted):
                 scaled, weighted = anchors / -ctx.temperature, weight * anchors
                 tiles = [tile for tile in _tiles(keys, ctx.masks, ctx.tile) if wanted[tile.block]]
-                buffer = _buffer(anchors, keys, ctx.tile)
+                buffer = _buffer(anchors, ctx.tile)
                 for rows in _rows(anchors, ctx.tile):
                     for tile in tiles:
                         margin, _ = _masked_margin(scaled, lse, anchor_label, rows, tile, buffer)
@@ -306,7 +307,10 @@ def lse(
     any key has -inf, and gets and gives gradient 0. Kept for backward: N·F numbers; at work besides: 2 N·F and
     LOGITS.
     """
-    masks, tile = [(block.valid, block.label) for block in blocks], _fitting(tile, anchors)
+    masks, tile = (
+        [(block.valid, block.label) for block in blocks],
+        _fitting(tile, anchors, [block.keys for block in blocks]),
+    )
     return _LSE.apply(anchors, anchor_label, masks, temperature, tile, *(block.keys for block in blocks))
 
 
@@ -328,7 +332,7 @@ def softplus_lse(
     if not kept:
         return softplus(lse(anchors, [block], temperature, tile, anchor_label) - positive).sum()
     mask = block.valid, block.label
-    tile = _fitting(tile, anchors[:ROWS])
+    tile = _fitting(tile, anchors[:ROWS], [block.keys])
     return _SoftplusLSE.apply(anchors, positive, anchor_label, mask, temperature, tile, block.keys)
 
 
@@ -346,5 +350,8 @@ def positives(
     where a block has labels. Differentiable in anchors, lse and keys; lse may be -inf, whose softplus and gradient
     are 0. Kept for backward: N·F numbers; at work besides: 2 N·F and 2 LOGITS.
     """
-    masks, tile = [(block.valid, block.label) for block in blocks], _fitting(tile, anchors)
+    masks, tile = (
+        [(block.valid, block.label) for block in blocks],
+        _fitting(tile, anchors, [block.keys for block in blocks]),
+    )
     return _Positives.apply(anchors, lse, anchor_label, masks, temperature, tile, *(block.keys for block in blocks))
