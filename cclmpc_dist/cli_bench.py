@@ -110,6 +110,8 @@ def bench_contrast(
 
     if keys < anchors:
         raise InputError(f"--keys {keys} is less than --anchors {anchors}: the anchors are keys too, give more")
+    if anchors < 2 * classes:
+        raise InputError(f"--anchors {anchors} is less than two for each of --classes {classes}: give more")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU that torch can use: run `cclmpc doctor`, or take --device cpu")
     _record(measure(anchors, keys, features, classes, sweep, repeats=repeats, device=device, tf32=tf32), out)

@@ -286,6 +286,7 @@ def test_benchmarks_write_records(arguments: list[str], cases: set[str], tmp_pat
 def test_benchmarks_refuse_what_is_not_there() -> None:
     assert "nowhere: holds no" in cclmpc("bench", "eval", "--la", "nowhere")[1]
     assert "--keys 1 is less than --anchors" in cclmpc("bench", "contrast", "--keys", "1")[1]
+    assert "less than two for each of --classes 5" in cclmpc("bench", "contrast", "--anchors", "9", "--classes", "5")[1]
 
 
 @pytest.mark.parametrize(
