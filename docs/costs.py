@@ -33,9 +33,9 @@ HEAD = """# What the contrast costs, from 1 to 1024 ranks
 Made by `python docs/costs.py > docs/costs.md` from the formulas of `cclmpc_dist/losses/costs.py`;
 [exchange.md](exchange.md) has them in words. A rank and microbatch, forward and backward, SBCL and CGCL together, 2
 labelled and 2 unlabelled images on each rank, 2 classes, float32. Received and held are MiB; held is the larger of the
-two terms. FLOPs are those of the streamed forms. A bank that would hold less than a step's offers is taken as large as
-these. The network of `configs/la.yaml` takes {network:.3g} TFLOP a rank and
-microbatch (three times its forward pass).
+two terms; naive receives what keys does. `auto` chooses for each term by itself: the last columns are those of its
+choice. A bank that would hold less than a step's offers is taken as large as these. The network of `configs/la.yaml`
+takes {network:.3g} TFLOP a rank and microbatch (three times its forward pass).
 
 ![received bytes, held bytes and FLOPs against the number of ranks](costs.png)
 
@@ -43,8 +43,8 @@ The FLOPs of the contrast grow with the ranks of the group, whatever travels: wi
 of the network's at about {largest:,} ranks. Past that, share keys within a `group`, or take fewer anchors and negatives
 an image."""
 TITLES = (
-    "| ranks | received, keys | received, anchors | held, naive | held, keys | held, anchors | GFLOP "
-    "| share of the network's | `auto` for SBCL, CGCL |"
+    "| ranks | received, keys | anchors | held, naive | keys | anchors | GFLOP, naive | keys | anchors "
+    "| `auto` for SBCL, CGCL | received | GFLOP | share of the network's |"
 )
 HEAVY = 0.1  # share of the network's FLOPs from which the contrast is too dear
 
@@ -58,11 +58,23 @@ def with_bank(config: Config, world: int) -> Config:
     return config.model_copy(update={"ccl_mpc": config.ccl_mpc.model_copy(update={"contrast": contrast})})
 
 
-def total(config: Config, world: int, how: Exchange) -> Cost:
-    config = with_bank(config, world)
-    batches = {"labelled": IMAGES * world, "unlabelled": IMAGES * world}
-    sbcl, cgcl = (term_costs(term, config, 2, batches, world)[how] for term in ("sbcl", "cgcl"))
+def total(config: Config, world: int, *how: Exchange) -> Cost:
+    """SBCL and CGCL by one exchange, or by one each."""
+    config, batches = with_bank(config, world), global_batches(world)
+    sbcl, cgcl = (
+        term_costs(term, config, 2, batches, world)[way]
+        for term, way in zip(("sbcl", "cgcl"), how if len(how) == 2 else how * 2, strict=True)
+    )
     return sbcl + cgcl
+
+
+def global_batches(world: int) -> dict[str, int]:
+    return {"labelled": IMAGES * world, "unlabelled": IMAGES * world}
+
+
+def chosen(config: Config, world: int) -> list[Exchange]:
+    """What `auto` takes for SBCL and CGCL."""
+    return [choice.exchange for choice in exchange_plan(config, 2, global_batches(world), world).values()]
 
 
 def network_flops(config: Config) -> int:
@@ -85,18 +97,17 @@ def network_flops(config: Config) -> int:
 
 def table(config: Config, network: int) -> list[str]:
     groups = [world for world in RANKS if world % (config.ccl_mpc.contrast.group or 1) == 0]
-    lines = [TITLES, "|" + "---|" * 9]
+    lines = [TITLES, "|" + "---|" * 13]
     for world in groups:
         naive, keys, anchors = (total(config, world, how) for how in WAYS)
-        batches = {"labelled": IMAGES * world, "unlabelled": IMAGES * world}
-        plan = exchange_plan(config, 2, batches, world)
+        ways = chosen(config, world)
+        auto = total(config, world, *ways)
         sizes = [keys.received, anchors.received, naive.held, keys.held, anchors.held]
-        shown = [short(size / MIB) for size in sizes]
+        shown = [short(size / MIB) for size in sizes] + [short(cost.flops / GFLOP) for cost in (naive, keys, anchors)]
         if config.ccl_mpc.contrast.bank_layout == "sharded":
-            shown[0] = shown[2] = shown[3] = "-"
-        share = f"{short(100 * keys.flops / network)} %"
-        chosen = ", ".join(choice.exchange for choice in plan.values())
-        lines.append(f"| {world} | {' | '.join(shown)} | {short(keys.flops / GFLOP)} | {share} | {chosen} |")
+            shown = ["-" if column in (0, 2, 3, 5, 6) else told for column, told in enumerate(shown)]
+        shown += [", ".join(ways), short(auto.received / MIB), short(auto.flops / GFLOP)]
+        lines.append(f"| {world} | {' | '.join(shown)} | {short(100 * auto.flops / network)} % |")
     return lines
 
 
@@ -107,7 +118,7 @@ def short(value: float) -> str:
 def limit(config: Config, network: int) -> int:
     """Ranks in a group up to which the contrast stays below HEAVY of the network's FLOPs."""
     ranks = 1
-    while total(config, ranks + 1, "keys").flops <= HEAVY * network:
+    while total(config, ranks + 1, *chosen(config, ranks + 1)).flops <= HEAVY * network:
         ranks += 1
     return ranks
 
@@ -135,10 +146,9 @@ def plot(file: Path) -> None:
             costs = [total(settings, world, how) for world in RANKS]
             label = f"{how}, {name}"
             axes[1].plot(RANKS, [cost.held / MIB for cost in costs], style, color=colour, label=label)
+            axes[2].plot(RANKS, [cost.flops / GFLOP for cost in costs], style, color=colour, label=label)
             if how != "naive":
                 axes[0].plot(RANKS[1:], [cost.received / MIB for cost in costs[1:]], style, color=colour, label=label)
-        streamed = [total(settings, world, "keys").flops / GFLOP for world in RANKS]
-        axes[2].plot(RANKS, streamed, style, color="C0", label=f"streamed, {name}")
     network = network_flops(config) / GFLOP
     axes[2].axhline(HEAVY * network, color="grey", linewidth=0.8)
     axes[2].text(1, HEAVY * network, " a tenth of the network's", va="bottom", color="grey")
