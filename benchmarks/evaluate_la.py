@@ -5,12 +5,16 @@
 
 UA-MT's way is written here after its published test script (Yu et al., MICCAI 2019): one patch a pass, softmax, a map
 of scores and one of counts in numpy, float32 and torch's usual layout; then medpy's dc, jc, hd95 and asd, one after
-the other. Ours is what `cclmpc eval` runs. The network is the V-Net of configs/la.yaml in evaluation mode, after a few
-steps on small patches, so that its answer looks like a segmentation; how good it is does not matter. Each volume and
-variant has a process of its own, the variants in turns; reading the volume and one warming pass are not counted.
+the other. Ours is what `cclmpc eval` runs, and once more with the network compiled by torch, which `cclmpc eval` does
+not; the compiling, with an empty cache, is a record of its own and in no other. The network is the V-Net of
+configs/la.yaml in evaluation mode, after a few steps on small patches, so that its answer looks like a segmentation;
+how good it is does not matter. Each volume and variant has a process of its own, the variants in turns, a few rounds;
+reading the volume and one warming pass are not counted.
 """
 
 import argparse
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,14 +35,18 @@ from cclmpc_dist.evaluation.metrics import mask_metrics
 from cclmpc_dist.losses.certainty import likeliest
 from cclmpc_dist.losses.segmentation import log_softmax, seg, softmax
 from cclmpc_dist.models.dual_branch import DualBranch
+from cclmpc_dist.models.folding import fold
+from cclmpc_dist.records import repeated
 
 PATCH, STRIDE, CLASSES = (112, 112, 80), (18, 18, 4), 2
 SPACING = (0.625,) * 3
 LESSON = (64, 64, 48)  # patch of the few training steps
 THEIRS = "UA-MT's loop, medpy"
-VARIANTS = {THEIRS: "fp32", "ours, float32": "fp32", "ours, bf16": "bf16"}
+COMPILED = "ours, float32, compiled"
+VARIANTS = {THEIRS: "fp32", "ours, float32": "fp32", COMPILED: "fp32", "ours, bf16": "bf16"}
+BATCH = 4  # windows a pass of ours, as evaluation.batch
 METRICS = ("dice", "jaccard", "hd95_voxel", "asd_voxel")
-PARTS = ("network", "windows", "metrics")  # windows: all of the sliding window but the network
+PARTS = ("network", "windows", "metrics")  # network: with its softmax; windows: all else of the sliding window
 
 
 def network() -> DualBranch:
@@ -95,7 +103,7 @@ def ua_mt(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.
             for z in third:
                 place = slice(x, x + PATCH[0]), slice(y, y + PATCH[1]), slice(z, z + PATCH[2])
                 patch = torch.from_numpy(image[place][None, None].astype(np.float32))
-                probability = torch.softmax(net(patch), dim=1).numpy()[0]
+                probability = net(patch).numpy()[0]
                 score[(slice(None), *place)] = score[(slice(None), *place)] + probability
                 count[place] = count[place] + 1
     return np.argmax(score / count[None], axis=0)
@@ -110,18 +118,23 @@ def medpy(prediction: np.ndarray, label: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def score(variant: str, volume: str, weights: str, out: str) -> dict[str, Any]:
-    """Seconds of the parts, metrics and number of windows; the prediction goes to `out`."""
+    """Seconds of the parts and of compiling, metrics and number of windows; the prediction goes to `out`."""
     ours = variant != THEIRS
     if ours:
         keep_memory()
     module = network().eval()
     module.load_state_dict(torch.load(weights, weights_only=True))
+    softly = softmax if ours else partial(torch.softmax, dim=1)
     if ours:
         module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        fold(module)
     image, label = read(Path(volume))
-    net = Timed(lambda x: module(x)["conv"])
+    net = Timed(lambda x: softly(module(x)["conv"]))
     with torch.autocast("cpu", torch.bfloat16, enabled=VARIANTS[variant] == "bf16"):
         net(torch.zeros(1, 1, *PATCH))
+        compiling = Timed(_compiled)
+        if variant == COMPILED:
+            net.work = compiling(net.work, Path(weights).parent)
         net.seconds = 0.0
         if ours:
             predict: Callable[[], np.ndarray] = partial(ours_whole, net, image)
@@ -132,29 +145,37 @@ def score(variant: str, volume: str, weights: str, out: str) -> dict[str, Any]:
     scorer = Timed(partial(mask_metrics, spacing=SPACING) if ours else medpy)
     metrics = scorer(prediction, label)
     np.save(out, prediction)
-    windows = np.prod([len(starts(n, p, s)) for n, p, s in zip(image.shape, PATCH, STRIDE, strict=True)])
     parts = {"network": net.seconds, "windows": whole.seconds - net.seconds, "metrics": scorer.seconds}
-    return {"parts": parts, "metrics": {name: metrics[name] for name in METRICS}, "windows": int(windows)}
+    return {
+        "parts": parts,
+        "metrics": {name: metrics[name] for name in METRICS},
+        "windows": math.prod(len(starts(n, p, s)) for n, p, s in zip(image.shape, PATCH, STRIDE, strict=True)),
+        "compiling": compiling.seconds,
+    }
+
+
+def _compiled(predict: Callable[[torch.Tensor], torch.Tensor], place: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """With weights as constants, for whole batches; what is left of a volume goes through the network as it is."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=place)  # nothing compiled before is found
+    fast = torch.compile(predict, fullgraph=True, dynamic=False, options={"freezing": True})
+    fast(torch.zeros(BATCH, 1, *PATCH))
+    return lambda x: fast(x) if len(x) == BATCH else predict(x)
 
 
 def ours_whole(net: Callable[[torch.Tensor], torch.Tensor], image: np.ndarray) -> np.ndarray:
     """Labels (*S) as `cclmpc eval` finds them."""
-
-    def predict(x: torch.Tensor) -> torch.Tensor:
-        return softmax(net(x))
-
-    found = sliding_window(predict, torch.from_numpy(image)[None], PATCH, STRIDE, classes=CLASSES)
+    found = sliding_window(net, torch.from_numpy(image)[None], PATCH, STRIDE, classes=CLASSES, batch=BATCH)
     return likeliest(found[None])[0].to(torch.uint8).numpy()
 
 
-def measure(volumes: list[Path], steps: int) -> list[Record]:
+def measure(volumes: list[Path], steps: int, rounds: int) -> list[Record]:
     told = []
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "weights.pt"
         torch.save(lesson(volumes, steps), weights)
         for volume in volumes:
-            found = {variant: _in_process(variant, volume, weights, Path(place)) for variant in VARIANTS}
-            told += _records(volume.name, found)
+            turn = partial(_in_process, volume=volume, weights=weights, place=Path(place))
+            told += _records(volume.name, [_values({name: turn(name) for name in VARIANTS}) for _ in range(rounds)])
     return told
 
 
@@ -164,9 +185,10 @@ def _in_process(variant: str, volume: Path, weights: Path, place: Path) -> tuple
     return told, np.load(prediction)
 
 
-def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> list[Record]:
+def _values(found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> dict[str, dict[str, tuple[float, str]]]:
+    """Of one round: variant -> metric -> value and unit."""
     first, truth = found[THEIRS]
-    kept = []
+    kept = {}
     for variant, (told, prediction) in found.items():
         seconds = sum(told["parts"].values())
         apart = max(abs(told["metrics"][name] - first["metrics"][name]) for name in METRICS)
@@ -180,19 +202,31 @@ def _records(case: str, found: dict[str, tuple[dict[str, Any], np.ndarray]]) -> 
             "largest_metric_difference": (apart, "fraction or voxel"),
             "dice": (told["metrics"]["dice"], "fraction"),
         }
-        kept += records("evaluate_la", case, variant, values)
+        if variant == COMPILED:
+            values["compile_seconds"] = (told["compiling"], "s")
+        kept[variant] = values
     return kept
+
+
+def _records(case: str, rounds: list[dict[str, dict[str, tuple[float, str]]]]) -> list[Record]:
+    """Medians over rounds, with the samples."""
+    return [
+        one | repeated([found[variant][one["metric"]][0] for found in rounds])
+        for variant, values in rounds[0].items()
+        for one in records("evaluate_la", case, variant, values)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("la", type=Path, help="folder of <case>/mri_norm2.h5")
     parser.add_argument("--volumes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of training before")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     volumes = [path.parent for path in sorted(arguments.la.glob("*/mri_norm2.h5"))[: arguments.volumes]]
-    tell(measure(volumes, arguments.steps), arguments.out)
+    tell(measure(volumes, arguments.steps, arguments.rounds), arguments.out)
 
 
 if __name__ == "__main__" and not answer(score):

@@ -18,6 +18,7 @@ from cclmpc_dist.evaluation.evaluate import Meta, save
 from cclmpc_dist.evaluation.metrics import Row
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
+from cclmpc_dist.models.folding import fold
 from cclmpc_dist.training import checkpoint, run, setup
 from cclmpc_dist.words import counted
 
@@ -53,6 +54,7 @@ def evaluate_run(
     module = setup.module(config, method).to(device).eval()
     weights: Literal["model", "ema"] = "ema" if config.ema else "model"
     _load(module, folder, step, weights)
+    fold(module)
     if runtime.rank() == 0:
         shutil.rmtree(folder / "eval", ignore_errors=True)  # predictions of another split or corpus are not mixed in
         cases = counted(len(samples), f"{split} case")
