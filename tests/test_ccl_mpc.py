@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cclmpc_dist.config import CCLMPC as Own
 from cclmpc_dist.data.views import views
+from cclmpc_dist.losses import contrast
 from cclmpc_dist.losses.segmentation import IGNORE
 from cclmpc_dist.methods.ccl_mpc import CCLMPC
 from cclmpc_dist.methods.exchange_plan import exchange_plan
@@ -188,6 +189,29 @@ def _cgcl(
             away = logits[(kinds != classes[i]) & (kinds != IGNORE)].logsumexp(0)
             losses.append(torch.nn.functional.softplus(away - logits[positive]).mean().item())
     return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("n", [7, 80])
+def test_half_of_cgcls_positions_are_hard(n: int, toy_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first n // 2 of an image and class, where it has as many; what either kind lacks the other fills up."""
+    scene, given, cgcl = Scene(toy_corpus, n_cgcl=n), [], contrast.cgcl
+    monkeypatch.setattr(contrast, "cgcl", lambda *args, **options: given.append(args) or cgcl(*args, **options))
+    scene.terms()
+    ((keys, valid, ids),) = given
+    images = scene.outputs()
+    for i, (image, label) in enumerate(zip(images, classes_on_map(scene, images), strict=True)):
+        hard = torch.cat([on_map(mean_p(image, k)).argmax(0) != label for k in (0, 1)])
+        embedding = torch.cat([image[f"embedding{k}"].flatten(1).T for k in (0, 1)])
+        for c in (0, 1):
+            own = slice(i * n, (i + 1) * n)
+            taken = valid[c, own]
+            chosen = ids[c, own][taken] - i * 2 * MAP
+            members = label.repeat(2) == c
+            many, few = int(members.sum()), int((members & hard).sum())
+            assert members[chosen].all()
+            assert len(set(chosen.tolist())) == len(chosen) == min(n, many)
+            assert hard[chosen].sum() == max(min(few, n // 2), len(chosen) - (many - few))
+            torch.testing.assert_close(keys[c, own][taken], embedding[chosen], rtol=1e-9, atol=1e-9)
 
 
 def test_cgcl_with_the_bank_of_the_step_before(scene: Scene) -> None:
