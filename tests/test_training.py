@@ -78,8 +78,19 @@ def test_all_ranks_skip_a_non_finite_step_together(layout: str, toy_corpus: Path
     own = ("running_",) if layout == "replicated" else ("running_", "bank.")
     shared = [name for name in first["end"] if not any(part in name for part in own)]
     toy.assert_same({name: first["end"][name] for name in shared}, {name: second["end"][name] for name in shared})
+    if layout == "sharded":
+        one, other = (_stored(seen["end"]) for seen in (first, second))
+        assert one
+        assert other
+        assert not one & other, "a rank keeps the keys of its own images"
     lines = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped_steps"] for line in lines][4:7] == [0, 1, 1]
+
+
+def _stored(state: dict[str, Tensor]) -> set[tuple[float, ...]]:
+    """The bank's keys, of all classes."""
+    pairs = zip(state["bank.keys"], state["bank.count"], strict=True)
+    return {tuple(key) for keys, count in pairs for key in keys[:count].tolist()}
 
 
 def test_a_run_that_is_never_finite_gives_up_in_words(
