@@ -333,7 +333,8 @@ def combinations(config: Config) -> list[str]:
     if config.strategy == "deepspeed" and config.deepspeed is None:
         problems.append("strategy = deepspeed needs its JSON: set deepspeed=configs/deepspeed/zero2.json")
     contrast = config.ccl_mpc.contrast
-    if contrast.bank and contrast.bank_layout == "sharded" and contrast.exchange not in ("auto", "anchors"):
+    sharded = config.ccl_mpc.lambda_cgcl and contrast.bank and contrast.bank_layout == "sharded"
+    if sharded and contrast.exchange not in ("auto", "anchors"):
         problems.append(f"ccl_mpc.contrast.exchange = {contrast.exchange} does not reach the keys of a sharded bank: "
                         "take auto or anchors, or bank_layout: replicated")  # fmt: skip
     narrowest = config.model.filters * 4  # channels of the Swin decoder's last stage

@@ -183,6 +183,7 @@ def test_a_sharded_bank_wants_anchors_to_travel(exchange: str, tmp_path: Path) -
     with pytest.raises(InputError, match=f"exchange = {exchange} does not reach the keys of a sharded bank: take auto"):
         toy.config(tmp_path, tmp_path, **changes)
     toy.config(tmp_path, tmp_path, ccl_mpc__contrast__bank=0, **changes)
+    toy.config(tmp_path, tmp_path, ccl_mpc__lambda_cgcl=0, **changes)
 
 
 def test_batch_not_set_follows_the_ranks(tmp_path: Path) -> None:
