@@ -24,7 +24,9 @@ TAU, TILE = 0.07, 3
 K, N, M, SLOTS, INPUT, F = 3, 4, 5, 6, 6, 4
 KINDS = ("uneven", "a rank without", "no rank with any")
 WAYS = [(how, "replicated") for how in ("naive", "keys", "anchors")] + [("anchors", "sharded")]
+BARE = [(how, "no bank") for how in ("naive", "keys", "anchors")]  # nor classes for SBCL
 CASES = [(*way, detached, kind) for way, detached, kind in product(WAYS, (False, True), KINDS)]
+CASES += [(*way, detached, "uneven") for way, detached in product(BARE, (False, True))]
 Results = dict[str, tuple[Tensor, Tensor]]  # value and gradient by the shared weights
 
 
@@ -52,13 +54,25 @@ def everything(world: int, kind: str) -> dict[str, Tensor]:
     }
 
 
+def of_rank(data: dict[str, Tensor], rank: int, layout: str) -> dict[str, Tensor]:
+    """A rank's inputs: its own bank where it is sharded, rank 0's where all have the same, or none, nor classes."""
+    mine = {name: value[rank] for name, value in data.items() if name != "weights"}
+    if layout == "replicated":
+        mine |= {name: data[name][0] for name in ("bank", "bank_valid")}
+    return _bare(mine) if layout == "no bank" else mine
+
+
+def _bare(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in data.items() if "bank" not in name and "class" not in name}
+
+
 def losses(data: dict[str, Tensor], weights: Tensor, **options: Any) -> dict[str, Any]:
     """SBCL of class 0's cells towards class 1's, and CGCL, or `only` one of them, of one process's inputs."""
     anchors = normalize(data["cells"] @ weights, dim=-1)
     sharded, only = options.pop("sharded"), options.pop("only", None)
-    known = {name: data[name] for name in ("anchor_class", "negative_class")}
+    known = {name: data.get(name) for name in ("anchor_class", "negative_class")}
     negatives = normalize(data["negatives"] @ weights, dim=-1)
-    bank = {"bank_keys": data["bank"], "bank_valid": data["bank_valid"], "sharded": sharded}
+    bank = {"bank_keys": data.get("bank"), "bank_valid": data.get("bank_valid"), "sharded": sharded}
     options |= {"temperature": TAU, "tile": TILE}
     found = {}
     if only != "cgcl":
@@ -73,6 +87,8 @@ def concatenated(data: dict[str, Tensor], members: range, layout: str) -> dict[s
     part = {name: data[name][members.start : members.stop] for name in data if name != "weights"}
     joined = {name: part[name].transpose(0, 1).flatten(1, 2) for name in ("cells", "valid", "ids")}
     joined |= {name: part[name].flatten(0, 1) for name in ("negatives", "anchor_class", "negative_class")}
+    if layout == "no bank":
+        return _bare(joined)
     if layout == "sharded":
         return joined | {name: part[name].transpose(0, 1).flatten(1, 2) for name in ("bank", "bank_valid")}
     return joined | {name: data[name][0] for name in ("bank", "bank_valid")}
@@ -100,9 +116,7 @@ def many(rank: int, world: int, size: int, device: str = "cpu") -> dict[str, Res
     for how, layout, detached, kind in CASES:
         data = {name: value.to(device) for name, value in everything(world, kind).items()}
         weights = data["weights"].clone().requires_grad_()
-        mine = {name: value[rank] for name, value in data.items() if name != "weights"}
-        if layout == "replicated":
-            mine |= {name: data[name][0] for name in ("bank", "bank_valid")}
+        mine = of_rank(data, rank, layout)
         options = {"exchange": how, "detached": detached, "sharded": layout == "sharded", "group": group}
         results = {}
         for name, part in losses(mine, weights, **options).items():
@@ -149,9 +163,7 @@ def with_one_that_is_not_finite(rank: int, world: int) -> list[tuple[str, float,
     found = []
     for how, layout in WAYS:
         weights = data["weights"].clone().requires_grad_()
-        mine = {name: value[rank] for name, value in data.items() if name != "weights"}
-        if layout == "replicated":
-            mine |= {name: data[name][0] for name in ("bank", "bank_valid")}
+        mine = of_rank(data, rank, layout)
         for name, part in losses(mine, weights, exchange=how, sharded=layout == "sharded").items():
             value = all_reduce_sum(torch.stack([part.sum, part.count.to(part.sum)]))[0]
             gradient = torch.autograd.grad(part.sum, weights, retain_graph=True)[0]
