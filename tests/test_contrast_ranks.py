@@ -230,6 +230,46 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(world: int) -> None:
         assert seen["bank"] == costs.bank(2, K, 5, F, world).received
 
 
+class Products(TorchDispatchMode):
+    """FLOPs of the matrix products, those that add in place among them."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.flops += 2 * left.numel() * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def multiplied(rank: int, world: int) -> dict[str, int]:
+    """FLOPs of one forward and backward, for every way and term."""
+    data, found = everything(world, "uneven"), {}
+    for (how, layout), detached, name in product(WAYS + BARE, (False, True), ("sbcl", "cgcl")):
+        mine = of_rank(data, rank, layout)
+        cells, negatives = (normalize(mine[x][..., :F], dim=-1).requires_grad_() for x in ("cells", "negatives"))
+        options = {"temperature": TAU, "tile": TILE, "exchange": how, "detached": detached}
+        with Products() as made:
+            if name == "sbcl":
+                term = sbcl(cells[0], cells[1], negatives, **options)
+            else:
+                bank = {"bank_keys": mine.get("bank"), "bank_valid": mine.get("bank_valid")}
+                term = cgcl(cells, mine["valid"], mine["ids"], **bank, **options, sharded=layout == "sharded")
+            torch.autograd.grad(term.sum, [cells, negatives], allow_unused=True)
+        found[f"{name} {how} {layout} {detached}"] = made.flops
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_flops_are_those_of_the_formulas(world: int) -> None:
+    for seen in [multiplied(0, 1)] if world == 1 else run_ranks(multiplied, world):
+        for (how, layout), detached in product(WAYS + BARE, (False, True)):
+            stored, case = (0 if layout == "no bank" else SLOTS), f"{how} {layout} {detached}"
+            banked = {"stored": stored, "sharded": layout == "sharded"}
+            assert seen[f"sbcl {case}"] == costs.sbcl(how, N, M, F, world, live=not detached).flops, case
+            assert seen[f"cgcl {case}"] == costs.cgcl(how, N, K, F, world, live=not detached, **banked).flops, case
+
+
 class Alive(TorchDispatchMode):
     """Bytes of the tensors that are alive at once, at the peak; `given`, and views of them, do not count."""
 

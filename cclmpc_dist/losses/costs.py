@@ -71,7 +71,10 @@ def cgcl(
     else:
         received = rows * ((1 + live) * features * FLOAT + BOOL + INT)
     pairs, banked = rows * ranks * rows, rows * classes * stored * (ranks if sharded else 1)
-    flops = _flops(exchange == "naive", features, pairs if live else 0, banked + (0 if live else pairs))
+    if exchange == "naive" and live:  # autograd takes the gradient of live and bank keys in one product
+        flops = _flops(True, features, pairs + banked, 0)
+    else:
+        flops = _flops(False, features, pairs if live else 0, banked + (0 if live else pairs))
     held = _held("cgcl", exchange, rows, rows, classes * stored, features, ranks, tile, live, classes)
     return Cost((ranks - 1) * received, held, flops)
 
