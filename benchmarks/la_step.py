@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cclmpc_dist.training.run import environment
+from variants import records, tell
 
 SETTINGS = ["name=la_step", "budget.images=12", "log_every=1", "ccl_mpc.t_contrast=0.3"]  # contrast in steps 2 and 3
+UNITS = {"perf/step_seconds": "s", "perf/memory_mib": "MiB", "loss/total": "1"}
 
 
 def main() -> None:
@@ -24,21 +25,11 @@ def main() -> None:
     command = [sys.executable, "-m", "cclmpc_dist", "train", "configs/la.yaml", *SETTINGS]
     subprocess.run(command, check=True)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    units = {"perf/step_seconds": "s", "perf/memory_mib": "MiB", "loss/total": "1"}
-    records = [
-        {
-            "bench": "la_step",
-            "case": f"step {line['step']}",
-            "variant": "ccl_mpc",
-            "metric": name,
-            "value": line[name],
-            "unit": unit,
-        }
-        for line in log
-        for name, unit in units.items()
-    ]
-    meta = environment(1) | {"commands": [" ".join(["python", *command[1:]])]}
-    out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
+    found = []
+    for line in log:
+        values = {name: (line[name], unit) for name, unit in UNITS.items()}
+        found += records("la_step", f"step {line['step']}", "ccl_mpc", values)
+    tell(found, out, commands=[" ".join(["python", *command[1:]])])
 
 
 if __name__ == "__main__":

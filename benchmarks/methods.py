@@ -20,9 +20,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from cclmpc_dist.training.run import environment
+from variants import Record, records, tell
 
 SUPERVISED = ["method=supervised", "data.batch_labelled=4"]
 SELECT = ["data.select=4", "budget.images=720"]
@@ -68,23 +67,21 @@ def make(config: str, split: str, run: Path, settings: list[str], ranks: int) ->
     subprocess.run([sys.executable, "-m", "cclmpc_dist", "eval", str(run), "--split", split], check=True)
 
 
-def records(suite: str, split: str, variant: str, run: Path) -> list[dict[str, Any]]:
+def scored(suite: str, split: str, variant: str, run: Path) -> list[Record]:
     """Mean, SD and interval of each metric, steps, and seconds of training without saving and start-up."""
-    common = {"bench": suite, "case": f"{split} cases", "variant": variant}
     with (run / "eval" / "summary.csv").open() as file:
         entries = [entry for entry in csv.DictReader(file) if entry["metric"] in UNITS]
-    found = [
-        common | {"metric": f"{entry['metric']}_{part}", "value": float(entry[part]), "unit": UNITS[entry["metric"]]}
+    values = {
+        f"{entry['metric']}_{part}": (float(entry[part]), UNITS[entry["metric"]])
         for entry in entries
         for part in ("mean", "sd", "low", "high")
         if entry[part] != "nan"
-    ]
+    }
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     every = log[0]["step"]
-    seconds = sum(line["perf/step_seconds"] * every for line in log)
-    found.append(common | {"metric": "train_seconds", "value": seconds, "unit": "s"})
-    found.append(common | {"metric": "steps", "value": log[-1]["step"], "unit": "1"})
-    return found
+    values["train_seconds"] = (sum(line["perf/step_seconds"] * every for line in log), "s")
+    values["steps"] = (log[-1]["step"], "1")
+    return records(suite, f"{split} cases", variant, values)
 
 
 def main() -> None:
@@ -99,12 +96,9 @@ def main() -> None:
         if not (run / "eval" / "summary.csv").exists():
             make(config, split, run, variants[variant], arguments.ranks)
     made = {variant: json.loads((run / "environment.json").read_text()) for variant, run in runs.items()}
-    meta = environment(arguments.ranks)
-    meta["runs"] = {
-        variant: {name: made[variant][name] for name in ("command", "commit", "processes")} for variant in made
-    }
-    found = [entry for variant, run in runs.items() for entry in records(arguments.suite, split, variant, run)]
-    arguments.out.write_text(json.dumps({"meta": meta, "records": found}, indent=1) + "\n")
+    told = {variant: {name: made[variant][name] for name in ("command", "commit", "processes")} for variant in made}
+    found = [entry for variant, run in runs.items() for entry in scored(arguments.suite, split, variant, run)]
+    tell(found, arguments.out, processes=arguments.ranks, runs=told)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from variants import records, tell
+
 from cclmpc_dist.data import phantom, shards
-from cclmpc_dist.training.run import environment
 
 ROUNDS, STEPS, WARM = 2, 12, 3
 SETTINGS = [
@@ -40,11 +41,10 @@ def main() -> None:
         for turn in range(ROUNDS):
             for name, options in variants.items():
                 lines[name] += run(Path(folder), f"{name}_{turn}", options)
-    records = [record(name, *entry) for name, own in lines.items() for entry in measured(own)]
-    meta = environment(2) | {"settings": SETTINGS, "config": "configs/la.yaml"}
-    out.write_text(json.dumps({"meta": meta, "records": records}, indent=1) + "\n")
-    for entry in records:
-        print(f"{entry['variant']}: {entry['metric']} {entry['value']:.4g} {entry['unit']}")
+    found = []
+    for name, own in lines.items():
+        found += records("strategies", "12 million parameters, 2 ranks", name, measured(own))
+    tell(found, out, processes=2, settings=SETTINGS, config="configs/la.yaml")
 
 
 def run(folder: Path, name: str, options: list[str]) -> list[dict[str, Any]]:
@@ -63,21 +63,14 @@ def run(folder: Path, name: str, options: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log][WARM:]
 
 
-def measured(lines: list[dict[str, Any]]) -> list[tuple[str, float, str]]:
+def measured(lines: list[dict[str, Any]]) -> dict[str, tuple[float, str]]:
     seconds = [line["perf/step_seconds"] for line in lines]
-    return [
-        ("step, median", statistics.median(seconds), "s"),
-        ("step, fastest", min(seconds), "s"),
-        ("peak memory of the process", max(line["perf/memory_mib"] for line in lines), "MiB"),
-        ("last loss", lines[-1]["loss/total"], "1"),
-    ]
-
-
-def record(variant: str, metric: str, value: float, unit: str) -> dict[str, Any]:
     return {
-        "bench": "strategies", "case": "12 million parameters, 2 ranks", "variant": variant, "metric": metric,
-        "value": value, "unit": unit,
-    }  # fmt: skip
+        "step, median": (statistics.median(seconds), "s"),
+        "step, fastest": (min(seconds), "s"),
+        "peak memory of the process": (max(line["perf/memory_mib"] for line in lines), "MiB"),
+        "last loss": (lines[-1]["loss/total"], "1"),
+    }
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ def records(bench: str, case: str, variant: str, values: dict[str, tuple[float, 
     return [common | {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in values.items()]
 
 
-def tell(found: list[Record], out: Path | None) -> None:
-    """Print the records, and write them to a file if one is given."""
+def tell(found: list[Record], out: Path | None, processes: int = 1, **further: Any) -> None:
+    """Print the records, and write them to a file if one is given. further: of its meta."""
     for one in found:
         print(f"{one['case']}, {one['variant']}: {one['metric']} {one['value']:.6g} {one['unit']}", flush=True)
     if out:
-        files.write({"meta": environment(1), "records": found}, out)
+        files.write({"meta": environment(processes) | further, "records": found}, out)
