@@ -245,6 +245,18 @@ def test_efficiency_is_round_by_round_and_the_prediction_stands_beside_it() -> N
     assert "no GPU here; assumed" in page
 
 
+def test_a_scaling_page_gives_each_row_the_peak_of_its_mfu() -> None:
+    parts = report_of({1: [1.0], 2: [1.0]})
+    for part, peak in zip(parts, (0.4, 0.3), strict=True):
+        part["meta"]["peak"] = f"measured: {peak} TFLOP/s, product of two matrices"
+        next(r for r in part["records"] if r["metric"] == "peak")["value"] = peak
+    page = tables.page(scale.gathered(parts, clusters=False))
+    assert "over the peak of its row, measured: product of two matrices" in page
+    rows = [line.split(" | ") for line in page.splitlines() if " | 1 | 1 (" in line]
+    place = next(line for line in page.splitlines() if "| MFU |" in line).split(" | ").index("peak, TFLOP/s")
+    assert [row[place] for row in rows] == ["0.4", "0.3"]
+
+
 def test_a_strong_scaling_leaves_out_ranks_that_do_not_divide_the_batches() -> None:
     config = parse(toy.settings(Path("d"), Path("r"), data__batch_labelled=4, data__batch_unlabelled=2), "toy")
     assert [scale.fits(config, "strong", world) for world in (1, 2, 3, 4)] == [True, True, False, False]

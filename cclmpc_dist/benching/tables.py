@@ -1,5 +1,6 @@
 """Markdown of a report, from its JSON alone."""
 
+import re
 from typing import Any
 
 from cclmpc_dist.benching import contrast_pages, loader_pages
@@ -68,11 +69,18 @@ def page(report: dict[str, Any]) -> str:
 
 
 def head(report: dict[str, Any]) -> list[str]:
-    meta = report["meta"]
-    lines = [f"# bench {report['records'][0]['bench']}", "", *machine(meta)]
+    meta, bench = report["meta"], report["records"][0]["bench"]
+    lines = [f"# bench {bench}", "", *machine(meta)]
     if "peak" in meta:
-        lines.append(f"- MFU: three times the forward pass's FLOPs, over a peak of {meta['peak']}")
+        source = meta["peak"]
+        peak = f"the peak of its row, {_without_rate(source)}" if bench == "scale" else f"a peak of {source}"
+        lines.append(f"- MFU: three times the forward pass's FLOPs, over {peak}")
     return [*lines, ""]
+
+
+def _without_rate(source: str) -> str:
+    """A peak's source without its number, which is that of one point."""
+    return re.sub(r"[\d.]+ TFLOP/s,? ", "", source)
 
 
 def machine(meta: dict[str, Any]) -> list[str]:
@@ -91,8 +99,9 @@ def scaling(cells: Cells) -> list[str]:
     for mode, told in (("weak", "each rank keeps its batch"), ("strong", "all ranks together keep the batch")):
         if cases := cells.measured(mode):
             lines += [f"## {mode.capitalize()} scaling: {told}", "",
-                      "| ranks | hosts | step s (quartiles) | images/s | Mvoxels/s | MFU | efficiency (least - most) "
-                      "| predicted | off by, points | slowest rank |", "|" + "---|" * 10]  # fmt: skip
+                      "| ranks | hosts | step s (quartiles) | images/s | Mvoxels/s | MFU | peak, TFLOP/s "
+                      "| efficiency (least - most) | predicted | off by, points | slowest rank |",
+                      "|" + "---|" * 11]  # fmt: skip
             lines += [_row(cells, case) for case in cases] + [""]
     return lines
 
@@ -113,6 +122,7 @@ def _row(cells: Cells, case: str) -> str:
         f"{value('images_per_second'):.3g}",
         f"{value('voxels_per_second') / 1e6:.3g}",
         f"{value('mfu'):.3f}",
+        f"{value('peak', 'sizes'):.3g}",
         f"**{value('efficiency'):.3f}** ({least:.3f} - {most:.3f})",
         "-" if error is None else f"{value('efficiency', 'predicted'):.3f}",
         "-" if error is None else f"{error:+.1f}",
