@@ -194,7 +194,11 @@ def bench_scale(
         elif os.environ["RANK"] == "0":
             _say(f"strong scaling, {world} ranks: left out, they do not divide the batches")
         return
-    parts = scale.launch(config, overrides or [], modes, _numbers(ranks), steps, rounds, threads, _say)
+    numbers = _numbers(ranks)
+    if predict and ("weak" not in modes or 1 not in numbers):
+        raise InputError(f"--predict needs weak scaling and one rank among --ranks, not --mode {mode} --ranks {ranks}: "
+                         "give --mode weak or both, and 1 among --ranks")  # fmt: skip
+    parts = scale.launch(config, overrides or [], modes, numbers, steps, rounds, threads, _say)
     report = scale.gathered(parts, predict)
     report["meta"]["command"] = command()
     _show(report, out)

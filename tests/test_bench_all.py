@@ -143,3 +143,12 @@ def test_the_readmes_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert f"contrast_memory.png: not drawn, there is no {results}/contrast.json" in said
     assert {path.name for path in tmp_path.glob("*.png")} == {"speed.png", "scaling.png"}
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("strong", "1,2"), ("weak", "2,4")])
+def test_a_prediction_needs_weak_scaling_and_one_rank(tmp_path: Path, mode: Any, ranks: str) -> None:
+    absent = tmp_path / "absent.yaml"
+    with pytest.raises(InputError, match="--predict needs weak scaling and one rank among --ranks"):
+        cli_bench.bench_scale(absent, ranks=ranks, mode=mode, predict=True)
+    with pytest.raises(InputError, match=r"absent\.yaml"):
+        cli_bench.bench_scale(absent, ranks=ranks, mode=mode)
