@@ -36,6 +36,7 @@ from cclmpc_dist.losses import certainty, sampling
 from cclmpc_dist.methods.method import Corpus
 from cclmpc_dist.methods.registry import create
 from cclmpc_dist.models import vnet
+from cclmpc_dist.records import repeated
 from cclmpc_dist.training.objective import objective
 
 COMMON = ["model.norm=instance", "model.dropout=0", "ccl_mpc.t_contrast=0"]
@@ -188,7 +189,8 @@ def measure(config: str, overrides: list[str], rounds: int, steps: int) -> list[
             "memory": (max(row["memory"] for row in rows), "MiB"),
             "loss": (rows[0]["losses"][0], "1"),
         }
-        told += records("plain_step", case, name, values)
+        first, *rest = records("plain_step", case, name, values)
+        told += [first | repeated(seconds[name]), *rest]
     return told
 
 
