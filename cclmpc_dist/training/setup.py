@@ -175,7 +175,7 @@ def _against_patch(config: Config, index: Index) -> list[str]:
     return [f"data.patch = {patch} is larger than every volume of {index.path}: take a smaller one"]
 
 
-def label_notes(config: Config, index: Index, cases: dict[str, np.ndarray]) -> list[str]:
+def label_notes(index: Index, cases: dict[str, np.ndarray]) -> list[str]:
     """Where data.labelled takes other cases than `cclmpc shard --labelled` did."""
     given = index.manifest.get("settings", {}).get("labelled")
     taken = np.sort(np.concatenate([cases["labelled"], cases["select"]]))

@@ -158,7 +158,7 @@ class Trainer:
             order = part.order
             say(f"{part.name}: {counted(order.n, 'case')}, {order.batch_size} a microbatch over all ranks, "
                 f"{counted(order.steps, 'microbatch')} and {counted(order.repeats, 'repeat')} an epoch")  # fmt: skip
-        notes = setup.label_notes(self.config, self.index, self.cases)
+        notes = setup.label_notes(self.index, self.cases)
         notes += setup.corpus_notes(self.config, self.streams, self.cases)
         for line in notes + setup.cache_notes(self.config, self.streams) + self.method.notes():
             say(line)
