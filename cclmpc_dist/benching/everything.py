@@ -58,7 +58,7 @@ def bench_all(
     path: Path, overrides: Sequence[str], la: Path | None, list_file: Path | None, folder: Path, say: Say
 ) -> bool:
     """Measure, write a JSON with table and plot for each benchmark and report.md of them all into `folder`. Whether
-    none failed.
+    none failed. Raises InputError for a configuration or corpus that cannot be measured.
 
     path: configuration of step and scale, on its corpus, or on phantoms where that is not there. la, list_file: volumes
     for loader and eval, as those take them.

@@ -112,7 +112,8 @@ def gathered(parts: Sequence[Report], clusters: bool) -> Report:
 
 
 def check_alike(parts: Sequence[Report]) -> None:
-    """All parts are points of one configuration, but for the batches and the bank."""
+    """All parts are points of one configuration, but for the batches and the bank. Raises InputError where one is not,
+    or holds no point."""
 
     def told(part: Report) -> dict[str, Any]:
         config = json.loads(json.dumps(part["meta"]["config"]))
