@@ -16,7 +16,7 @@ from typing import Protocol
 
 from cclmpc_dist.config import Config
 from cclmpc_dist.losses.costs import Cost
-from cclmpc_dist.methods.exchange_plan import exchange_plan, term_costs
+from cclmpc_dist.methods.exchange_plan import bank_offers, exchange_plan, term_costs
 from cclmpc_dist.training.throughput import TERA
 
 BUCKET = 25 * 2**20  # bytes, DDP's default
@@ -136,7 +136,7 @@ def with_bank(config: Config, images: int) -> Config:
     """With a replicated bank that holds what a microbatch of so many images offers; it may be too small for more ranks
     than the configuration was written for."""
     contrast = config.ccl_mpc.contrast
-    offered = (contrast.bank_offer + 1) * images * config.accumulate
+    offered = bank_offers(config, images)
     if contrast.bank_layout == "sharded" or not 0 < contrast.bank < offered:
         return config
     contrast = contrast.model_copy(update={"bank": offered})

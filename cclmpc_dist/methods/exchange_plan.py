@@ -20,6 +20,11 @@ class Choice:
     note: str
 
 
+def bank_offers(config: Config, images: int) -> int:
+    """Keys a class that a step offers to the bank, of so many images a microbatch over all ranks."""
+    return (config.ccl_mpc.contrast.bank_offer + 1) * images * config.accumulate
+
+
 def exchange_plan(config: Config, classes: int, batches: dict[str, int], world: int) -> dict[str, Choice]:
     """The choice for "sbcl" and "cgcl", those of weight 0 left out. batches: global batch of each stream."""
     own = config.ccl_mpc

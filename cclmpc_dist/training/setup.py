@@ -14,6 +14,7 @@ from cclmpc_dist.data.index import Index, select, training
 from cclmpc_dist.data.loader import Mixture, Stream
 from cclmpc_dist.data.remote import GIB, RemoteIndex, open_corpora
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.methods.exchange_plan import bank_offers
 from cclmpc_dist.methods.method import Corpus, Method, Phase
 from cclmpc_dist.methods.registry import METHODS, create
 from cclmpc_dist.training.schedule import total_steps
@@ -88,8 +89,7 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
     if world_size % (contrast.group or world_size):
         problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {world_size} rank(s): start a "
                         f"multiple of {contrast.group}, or in a new run set a divisor or null")  # fmt: skip
-    offered = (contrast.bank_offer + 1) * sum(config.batch(stream, world_size) for stream in streams)
-    offered *= config.accumulate
+    offered = bank_offers(config, sum(config.batch(stream, world_size) for stream in streams))
     sharded = contrast.bank_layout == "sharded"
     if sharded:
         offered = math.ceil(offered / world_size)
