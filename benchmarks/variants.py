@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cclmpc_dist.benching import files
+from cclmpc_dist.records import Record
 from cclmpc_dist.training.run import environment
 
-Record = dict[str, Any]
 Found = dict[str, list[dict[str, Any]]]  # variant -> what each round found
 
 

@@ -10,12 +10,11 @@ import torch.distributed as dist
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.reduce_times import all_reduce_seconds
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.records import repeated
+from cclmpc_dist.records import Record, record, repeated
 from cclmpc_dist.training.run import environment
 
 SIZES = tuple(4096 * 4**power for power in range(8))  # 4 KiB to 64 MiB
 ROUNDS = 7
-Record = dict[str, Any]
 
 
 def bench_allreduce() -> tuple[list[Record], dict[str, Any]]:
@@ -28,7 +27,7 @@ def bench_allreduce() -> tuple[list[Record], dict[str, Any]]:
                              "--ranks N")  # fmt: skip
         records = measure(accelerator.device)
         meta = environment(world) | {"backend": dist.get_backend()}
-        return [{"bench": "allreduce", "case": f"{world} ranks"} | record for record in records], meta
+        return [{"bench": "allreduce", "case": f"{world} ranks"} | one for one in records], meta
     finally:
         runtime.stop()
 
@@ -52,9 +51,9 @@ def to_records(sizes: tuple[int, ...], seconds: list[list[float]], world: int) -
     ]
     return [
         *records,
-        _record("all-reduce fit", "alpha", alpha, "s"),
-        _record("all-reduce fit", "beta", beta, "s/B"),
-        _record("all-reduce fit", "ring_bandwidth", ring_bandwidth(beta, world), "B/s"),
+        record("all-reduce fit", "alpha", alpha, "s"),
+        record("all-reduce fit", "beta", beta, "s/B"),
+        record("all-reduce fit", "ring_bandwidth", ring_bandwidth(beta, world), "B/s"),
     ]
 
 
@@ -73,7 +72,3 @@ def fit(sizes: tuple[int, ...], seconds: list[float]) -> tuple[float, float]:
 def ring_bandwidth(beta: float, world: int) -> float:
     """Bytes a second that each rank of a ring sends: an all-reduce of n bytes sends 2 (W - 1) / W n."""
     return 2 * (world - 1) / world / beta if beta else float("inf")
-
-
-def _record(variant: str, metric: str, value: float, unit: str) -> Record:
-    return {"variant": variant, "metric": metric, "value": value, "unit": unit}

@@ -27,6 +27,7 @@ from cclmpc_dist.data.loader import Mixture
 from cclmpc_dist.data.merge import merge
 from cclmpc_dist.data.order import rank_lanes
 from cclmpc_dist.data.parts import PARTS, Part, Rows, Settings
+from cclmpc_dist.records import Record
 from cclmpc_dist.training import plan, setup
 
 MIB = 2**20
@@ -39,7 +40,6 @@ LABELLED = 1000  # of these samples
 VAL = 1000  # of the others, the last ones
 LOOK = 0.02  # seconds between looks at the memory
 RANKS, LANES = 8, 4  # lanes of each rank
-Record = dict[str, Any]
 
 
 def bench_index(folder: Path, samples: int, a_shard: int, trials: int, repeats: int) -> list[Record]:

@@ -6,11 +6,11 @@ from cclmpc_dist.benching import model
 from cclmpc_dist.benching.model import Fitted, Step
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.losses.costs import Cost
+from cclmpc_dist.records import Record, record
 from cclmpc_dist.training.throughput import TERA, listed
 
 WORLDS = tuple(2**power for power in range(11))  # 1 to 1024
 CALLS = 14  # of CCL-MPC on two ranks and more; where only one was measured
-Record = dict[str, Any]
 
 
 class Point:
@@ -54,8 +54,9 @@ def local(report: dict[str, Any]) -> list[Record]:
         seconds = step.on(network, point.world, contrast(one.config, one, point.world), alone, crowding)
         efficiency = step.seconds / seconds
         off = efficiency - point("with loading", "efficiency")
-        found += [_record(point.case, "predicted", "efficiency", efficiency, "fraction"),
-                  _record(point.case, "predicted", "error", 100 * off, "points")]  # fmt: skip
+        place = {"bench": "scale", "case": point.case}
+        found += [record("predicted", "efficiency", efficiency, "fraction", **place),
+                  record("predicted", "error", 100 * off, "points", **place)]  # fmt: skip
     return found
 
 
@@ -79,9 +80,9 @@ def clusters(report: dict[str, Any]) -> tuple[list[Record], dict[str, str]]:
     for cluster in model.CLUSTERS:
         for world in WORLDS:
             seconds = step.on(cluster, world, contrast(one.config, one, world), alone)
-            case = f"weak {world}"
-            found += [_record(case, cluster.name, "efficiency", step.seconds / seconds, "fraction"),
-                      _record(case, cluster.name, "seconds", seconds, "s")]  # fmt: skip
+            place = {"bench": "scale", "case": f"weak {world}"}
+            found += [record(cluster.name, "efficiency", step.seconds / seconds, "fraction", **place),
+                      record(cluster.name, "seconds", seconds, "s", **place)]  # fmt: skip
     return found, {"step": basis} | {cluster.name: cluster.source for cluster in model.CLUSTERS}
 
 
@@ -89,7 +90,3 @@ def _weak(report: dict[str, Any]) -> list[str]:
     """Measured cases of weak scaling, in the order of their world sizes."""
     found = dict.fromkeys(r["case"] for r in report["records"] if r["case"].startswith("weak "))
     return sorted(found, key=lambda case: int(case.split()[1]))
-
-
-def _record(case: str, variant: str, metric: str, value: float, unit: str) -> Record:
-    return {"bench": "scale", "case": case, "variant": variant, "metric": metric, "value": value, "unit": unit}

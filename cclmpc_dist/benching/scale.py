@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from cclmpc_dist.benching import allreduce, launching, model, predict, step
 from cclmpc_dist.benching.files import Report
-from cclmpc_dist.benching.step import LOADING, Record
+from cclmpc_dist.benching.step import LOADING
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.records import Record
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")

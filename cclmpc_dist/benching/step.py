@@ -20,7 +20,7 @@ from cclmpc_dist.benching.clock import COLLECTIVES, Clock
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.records import repeated
+from cclmpc_dist.records import Record, repeated
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 from cclmpc_dist.training.throughput import (
@@ -40,7 +40,6 @@ OWN = ("data wait", "forward", "losses", "backward", "optimiser")  # stretches t
 PARTS = ("data wait", "forward", "losses", "backward", "contrast", COLLECTIVES, "optimiser", "other")
 LOADING, SAME, WITHOUT = "with loading", "same batch", "without contrast"
 FLOAT, MIB = 4, 2**20
-Record = dict[str, Any]
 Stretches = dict[str, float]  # of one step, seconds
 
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.metrics import mask_metrics
-from cclmpc_dist.records import repeated
+from cclmpc_dist.records import record, repeated
 
 SPACING = (0.625, 0.625, 0.625)  # LA, mm
 Shape = tuple[int, int, int]
@@ -42,15 +42,12 @@ def _compare(case: str, prediction: np.ndarray, truth: np.ndarray, medpy: Any, r
     seconds = {name: [t for t, _ in found[1:]] for name, found in (("ours", ours), ("medpy", theirs))}
     speedup = median(seconds["medpy"]) / median(seconds["ours"])
     difference = max(abs(ours[0][1][column] - theirs[0][1][column]) for column in _MEDPY)
+    place = {"bench": "eval", "case": case}
     return [
-        *(_record(case, name, "seconds", median(values), "s") | repeated(values) for name, values in seconds.items()),
-        _record(case, "ours", "speedup", speedup, "x"),
-        _record(case, "ours", "largest_difference", difference, "fraction or voxel"),
+        *(record(name, "seconds", median(values), "s", **place) | repeated(values) for name, values in seconds.items()),
+        record("ours", "speedup", speedup, "x", **place),
+        record("ours", "largest_difference", difference, "fraction or voxel", **place),
     ]
-
-
-def _record(case: str, variant: str, metric: str, value: float, unit: str) -> dict[str, Any]:
-    return {"bench": "eval", "case": case, "variant": variant, "metric": metric, "value": value, "unit": unit}
 
 
 def _timed(work: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:

@@ -9,13 +9,12 @@ from typing import Any
 from cclmpc_dist.config import Config, parse
 from cclmpc_dist.data import phantom, shards
 from cclmpc_dist.distributed import runtime
-from cclmpc_dist.records import repeated
+from cclmpc_dist.records import Record, repeated
 from cclmpc_dist.training.state import save, tensors
 from cclmpc_dist.training.trainer import Trainer
 
 MIB = 2**20
 UNITS = {"checkpoint": "MiB"}
-Record = dict[str, Any]
 
 
 def bench_checkpoint(folder: Path, filters: int = 16, patch: int = 32, repeats: int = 7) -> list[Record]:
