@@ -165,7 +165,13 @@ def test_nothing_to_merge(tmp_path: Path) -> None:
         ({"compress": "zstd"}, "--compress none, not --compress zstd"),
         ({"parts": 4}, "--part I/3, not --part I/4"),
         ({"shard_bytes": 9 << 20}, "--shard-mib 0.0114441, not --shard-mib 9"),
-        ({"options": "label_suffix=_seg"}, "no option of the format, not --label-suffix=_seg"),
+        ({"options": "label_suffix=_seg"}, "no --label-suffix, not --label-suffix _seg"),
+        (
+            {"val_last": 1, "compress": "zstd", "options": "labels=a b spacing=(1.0, 0.5, 2.0) channels=('_t1', '_t2')"},
+            "--compress none, not --compress zstd; no --labels, not --labels a b; "
+            "no --spacing, not --spacing 1,0.5,2; no --channels, not --channels _t1,_t2: give",
+        ),
+        ({"options": "label_map=((0, 127, 0), (255, 255, 1))"}, "not --label-map 0..127=0,255=1: give"),
     ],
 )
 def test_a_part_of_another_build_is_refused_at_once(changes: dict, said: str, parted: Path) -> None:
@@ -271,6 +277,8 @@ def test_a_finished_corpus_is_left_alone(parted: Path) -> None:
     instead = ", or set data.labelled for the run, which needs no new shards"
     with pytest.raises(InputError, match=kept.format("--labelled 3, not no --labelled", instead)):
         shards.write_part(numbered(10), parted, settings(labelled=None), 2)
+    with pytest.raises(InputError, match=kept.format("--labelled 3, not no --labelled; .* --compress zstd", "")):
+        shards.write_part(numbered(10), parted, settings(labelled=None, compress="zstd"), 2)
     assert tree(parted) == before
     told(Index.open(parted), settings={})
     with pytest.raises(InputError, match=kept.format("settings that it does not tell", "")):

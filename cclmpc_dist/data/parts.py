@@ -22,9 +22,11 @@ import numpy as np
 from cclmpc_dist.data.case import Handle
 from cclmpc_dist.data.columns import VERSION
 from cclmpc_dist.data.encode import Compression, Sample
+from cclmpc_dist.data.formats.options import given
 from cclmpc_dist.data.index import pretty, replace
 from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.words import counted
 
 PARTS = "parts"
 FREE = ("classes", "labelled", "val_last", "on_error")  # may change until the parts are merged
@@ -58,17 +60,26 @@ def settled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first setting in which two builds differ, in the words of `cclmpc shard`."""
-    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    return "other cases" if name == "keys" else f"{_option(name, old.get(name))}, not {_option(name, new.get(name))}"
+    """The settings in which two builds differ, in the words of `cclmpc shard`."""
+    was, now = _each(old), _each(new)
+    names = [name for name in now | was if was.get(name) != now.get(name)]
+    if "cases" in names:
+        names.remove("keys")
+    return "; ".join(
+        "other cases" if name == "keys" else f"{_option(name, was.get(name))}, not {_option(name, now.get(name))}"
+        for name in names
+    )
+
+
+def _each(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the options of the format one by one."""
+    return {name: value for name, value in settings.items() if name != "options"} | given(settings.get("options", ""))
 
 
 def _option(name: str, value: Any) -> str:
     """A setting as it was given on the command line."""
     if name == "cases":
-        return f"{value} cases"
-    if name == "options":  # field=value of the format's own, between blanks
-        return re.sub(r"\b(\w+)=", lambda found: f"--{found[1].replace('_', '-')}=", value) or "no option of the format"
+        return counted(value, "case")
     named = {"source": "format", "shard_bytes": "shard-mib", "parts": "part"}
     shown = {"shard_bytes": lambda size: f"{size / 2**20:g}", "parts": lambda count: f"I/{count}"}.get(name, str)
     option = f"--{named.get(name, name).replace('_', '-')}"

@@ -102,7 +102,8 @@ def _same_as_complete(part: Part, said: dict[str, Any], own: str) -> None:
     if settings != said or hashes[part.number - 1] != own:
         what = difference(settings, said) if settings != said else "files of other sizes or times of change"
         what = what if settings else "settings that it does not tell"
-        instead = ", or set data.labelled for the run, which needs no new shards" if "--labelled" in what else ""
+        only = settings != said and settings | {"labelled": said["labelled"]} == said
+        instead = ", or set data.labelled for the run, which needs no new shards" if only else ""
         raise InputError(f"{part.out}: holds a finished corpus made with {what}, and is left as it is: "
                          f"give another --out{instead}")  # fmt: skip
 

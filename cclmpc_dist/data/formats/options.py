@@ -2,6 +2,7 @@
 
 import math
 import re
+from ast import literal_eval
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,21 @@ class Options:
         plain = Options()
         given = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
         return " ".join(f"{name}={value}" for name, value in given.items() if name != "classes")
+
+
+def given(text: str) -> dict[str, str]:
+    """The fields that str(Options) named, each as the command line takes it."""
+    _, *found = re.split(rf"(?:^| )({'|'.join(vars(Options()))})=", text)
+    return {name: _spelled(name, value) for name, value in zip(found[::2], found[1::2], strict=True)}
+
+
+def _spelled(name: str, value: str) -> str:
+    if name == "label_map":
+        ranges: LabelMap = literal_eval(value)
+        return ",".join(f"{low}{f'..{high}' if high > low else ''}={number}" for low, high, number in ranges)
+    if name in ("spacing", "resize", "channels"):
+        return ",".join(str(part).removesuffix(".0") for part in literal_eval(value))
+    return value
 
 
 def parse(
