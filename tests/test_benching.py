@@ -147,6 +147,23 @@ def test_records_of_a_step() -> None:
     assert value[WITHOUT, "mfu"] == pytest.approx(2 / 1.0 / 2)
 
 
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ((0.5, 0.4, 0.6), "| contrast | 500.0 (400.0 to 600.0) |"),
+        ((-0.2, -0.1, 0.3), "| contrast | -100.0 (-200.0 to 300.0, within noise) |"),
+    ],
+)
+def test_the_contrast_is_told_with_its_quartiles(more: tuple[float, ...], shown: str) -> None:
+    """Of steps beside each other; the record of the difference stays as it is, less than 0 too."""
+    full, plain = [stretches(1.0, 0.1, heavy=seconds) for seconds in more], [stretches(1.0, 0.0) for _ in more]
+    ranks = [{"host": "h", "stretches": {LOADING: full, WITHOUT: plain}, "memory": 10.0}]
+    records = step.to_records(ranks, SIZES, {LOADING: 1, WITHOUT: 1}, PEAK)
+    assert [r["value"] for r in records if r["metric"] == "contrast"] == pytest.approx([1000 * sorted(more)[1]])
+    report = {"meta": {}, "records": [{"bench": "step", "case": "x 2"} | record for record in records]}
+    assert shown in tables.milliseconds(tables.Cells(report), ["x 2"])
+
+
 def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
     records = step.to_records(everyone(slow=1.3), SIZES, {LOADING: 1, WITHOUT: 1}, PEAK)
     report = {"meta": {}, "records": [{"bench": "step", "case": "x 2"} | record for record in records]}

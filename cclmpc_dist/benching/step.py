@@ -214,6 +214,9 @@ def to_records(everyone: list[Any], sizes: dict[str, Any], flops: dict[str, int]
         seconds = [mean(sum(one["stretches"][kind][n].values()) for one in everyone) for n in range(steps)]
         records += _rates(kind, seconds, sizes, flops[WITHOUT if kind == WITHOUT else LOADING], top)
     records += [_record(LOADING, name, value * 1000, "ms") for name, value in parts(everyone).items()]
+    if WITHOUT in everyone[0]["stretches"]:
+        quartiles = zip(("contrast_q25", "contrast_q75"), contrast_quartiles(everyone), strict=True)
+        records += [_record(LOADING, name, value * 1000, "ms") for name, value in quartiles]
     for rank, one in enumerate(everyone):
         who = f"rank {rank} ({one['host']})"
         records.append(_record(who, "busy", 1000 * busy(one["stretches"][LOADING]), "ms"))
@@ -223,8 +226,7 @@ def to_records(everyone: list[Any], sizes: dict[str, Any], flops: dict[str, int]
 
 
 def _rates(kind: str, seconds: list[float], sizes: dict[str, Any], flops: int, top: Peak) -> list[Record]:
-    middle = median(seconds)
-    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else (middle,) * 3
+    middle, (low, high) = median(seconds), _quartiles(seconds)
     return [
         {"variant": kind, "metric": "seconds", "unit": "s"} | repeated(seconds),
         _record(kind, "seconds_q25", low, "s"),
@@ -237,9 +239,29 @@ def _rates(kind: str, seconds: list[float], sizes: dict[str, Any], flops: int, t
     ]
 
 
+def _quartiles(seconds: list[float]) -> tuple[float, float]:
+    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return low, high
+
+
 def busy(steps: list[Stretches]) -> float:
-    """Median seconds that a rank spends on its own: a step less its collectives, in which it waits for the others."""
-    return median(sum(step.values()) - step.get(COLLECTIVES, 0.0) for step in steps)
+    """Median seconds that a rank spends on its own."""
+    return median(_own(step) for step in steps)
+
+
+def _own(step: Stretches) -> float:
+    """A step less its collectives, in which a rank waits for the others."""
+    return sum(step.values()) - step.get(COLLECTIVES, 0.0)
+
+
+def contrast_quartiles(everyone: list[Any]) -> tuple[float, float]:
+    """Of what a step takes more, in seconds of a rank's own, than its neighbour without contrast; means over the ranks.
+    How sure the part `contrast` is: on a busy machine it may be less than 0."""
+    ranks = []
+    for one in everyone:
+        pairs = zip(one["stretches"][LOADING], one["stretches"][WITHOUT], strict=True)
+        ranks.append(_quartiles([_own(full) - _own(plain) for full, plain in pairs]))
+    return mean(low for low, _ in ranks), mean(high for _, high in ranks)
 
 
 def parts(everyone: list[Any]) -> dict[str, float]:

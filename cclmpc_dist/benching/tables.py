@@ -151,13 +151,21 @@ def milliseconds(cells: Cells, cases: list[str]) -> list[str]:
     lines = ["## Where the milliseconds go", ""]
     lines += [f"| a step of | {' | '.join(cases)} |", "|" + "---|" * (len(cases) + 1)]
     for part in PARTS:
-        values = [cells.get(case, LOADING, part) or 0.0 for case in cases]
-        lines.append(f"| {part} | {' | '.join(f'{value:.1f}' for value in values)} |")
+        lines.append(f"| {part} | {' | '.join(_part(cells, case, part) for case in cases)} |")
     for metric, factor, told in (("alpha", 1e6, "all-reduce, start, µs"),
                                  ("ring_bandwidth", 1e-9, "all-reduce, ring, GB/s")):  # fmt: skip
         found = [cells.get(case, "all-reduce fit", metric) for case in cases]
         lines.append(f"| {told} | {' | '.join('-' if v is None else f'{v * factor:.3g}' for v in found)} |")
     return [*lines, ""]
+
+
+def _part(cells: Cells, case: str, part: str) -> str:
+    """Milliseconds; of what has quartiles, a difference of steps, with them, and whether it is within noise."""
+    value = f"{cells.get(case, LOADING, part) or 0.0:.1f}"
+    low, high = (cells.get(case, LOADING, f"{part}_{quartile}") for quartile in ("q25", "q75"))
+    if low is None or high is None:
+        return value
+    return f"{value} ({low:.1f} to {high:.1f}{', within noise' if low <= 0 else ''})"
 
 
 def prediction(cells: Cells) -> list[str]:
