@@ -276,11 +276,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: holds no settings: write `key: value` lines, as configs/demo.yaml does")
     for item in overrides:
         _override(raw, item)
-    return parse(raw, str(path))
+    return parse(raw, str(path), [item.partition("=")[0] for item in overrides])
 
 
-def parse(raw: dict[str, Any], where: str) -> Config:
-    """A validated Config from a raw tree; `where` names it in errors."""
+def parse(raw: dict[str, Any], where: str, given: Sequence[str] = ()) -> Config:
+    """A validated Config from a raw tree; `where` names it in errors, but for the keys `given` on the command line."""
     wrong: list[str] = []  # keys
     try:
         config, problems = Config.model_validate(raw), []
@@ -290,12 +290,22 @@ def parse(raw: dict[str, Any], where: str) -> Config:
         try:  # combinations of what is left are told in the same breath
             config = Config.model_validate(without(raw, [item["loc"] for item in error.errors()]))
         except ValidationError:
-            raise InputError("\n".join(f"{where}: {line}" for line in problems)) from None
+            raise InputError(_placed(problems, where, given)) from None
     told = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in wrong]
     problems += [line for line in combinations(config) if not any(key.search(line) for key in told)]
     if problems:
-        raise InputError("\n".join(f"{where}: {line}" for line in problems))
+        raise InputError(_placed(problems, where, given))
     return config
+
+
+def _placed(problems: Sequence[str], where: str, given: Sequence[str]) -> str:
+    """Each problem after its place: the command line where that gave the setting which the line begins with."""
+    lines = []
+    for line in problems:
+        setting = re.split(r"[^\w.]", line)[0] + "."
+        ours = any(f"{key}.".startswith(setting) or setting.startswith(f"{key}.") for key in given)
+        lines.append(f"{'command line' if ours else where}: {line}")
+    return "\n".join(lines)
 
 
 def combinations(config: Config) -> list[str]:

@@ -58,7 +58,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert "evaluation.every_steps needs validation cases" in text
     assert "model.norm = 'bach'" in text
     assert len(told) == 5
-    assert all(line.startswith(str(tmp_path / "c.yaml")) for line in told)
+    assert all(line.startswith("command line: ") for line in told)
+
+
+def test_what_the_command_line_gave_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    told = problems(tmp_path, "zzz.qqq=1", "budget.epochs=3", "name=new", optim__momntum=0.9, model__norm="bach")
+    places = {line.split(": ")[1].split()[0]: line.split(": ")[0] for line in told}
+    file = str(tmp_path / "c.yaml")
+    assert places == {"zzz": "command line", "budget": "command line", "optim.momntum": file, "model.norm": file}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("data.patch=[a,32,32]", "data.patch[0] = 'a': input should be a valid integer"),
         ("zzz.qqq=1", "zzz: unknown setting: known here: name, runs"),
         ("seed=-1", "seed = -1"),
-        ("name=a/b", "name = 'a/b'"),
+        ("name=a/b", "name = 'a/b': a name has letters, digits, _, - and . alone, and begins with neither - nor ."),
         ("name=..", "name = '..'"),
         ("data.labelled=true", "data.labelled = True"),
     ],
