@@ -241,8 +241,10 @@ def test_another_configuration_is_refused_in_words(toy_corpus: Path, tmp_path: P
     raw = toy.settings(toy_corpus, tmp_path, method="supervised", budget__images=12, checkpoint__every_steps=1)
     configuration = _write(tmp_path / "c.yaml", raw)
     toy.run(1, "train", configuration)
-    code, output = toy.finish(toy.launch(1, "train", configuration, "optim.lr=0.02", "data.batch_labelled=null"))
+    code, output = toy.finish(toy.launch(1, "train", configuration, "optim.lr=0.02", "data.batch_labelled=null",
+                                         "data.rotate=false", "model.norm=group"))  # fmt: skip
     assert code == 2
     assert "optim.lr = 0.02 (was 0.01)" in output
     assert "data.batch_labelled = not set (was 6)" in output
+    assert "data.rotate = false (was true), model.norm = group (was batch), optim.lr" in output
     assert "Traceback" not in output

@@ -139,8 +139,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
-    """A value; one whose default follows from elsewhere, or that is left out, is not set."""
-    return "not set" if value is None else repr(value)
+    """A value as YAML has it; one whose default follows from elsewhere, or that is left out, is not set."""
+    return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _is_free(key: str) -> bool:
