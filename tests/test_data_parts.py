@@ -167,7 +167,7 @@ def test_nothing_to_merge(tmp_path: Path) -> None:
         ({"shard_bytes": 9 << 20}, "--shard-mib 0.0114441, not --shard-mib 9"),
         ({"options": "label_suffix=_seg"}, "no --label-suffix, not --label-suffix _seg"),
         (
-            {"val_last": 1, "compress": "zstd", "options": "labels=a b spacing=(1.0, 0.5, 2.0) channels=('_t1', '_t2')"},
+            {"val_last": 1, "compress": "zstd", "options": "labels=a b spacing=(1.0, .5, 2.0) channels=('_t1', '_t2')"},
             "--compress none, not --compress zstd; no --labels, not --labels a b; "
             "no --spacing, not --spacing 1,0.5,2; no --channels, not --channels _t1,_t2: give",
         ),
