@@ -145,7 +145,11 @@ def test_batches_must_divide_over_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, data__batch_labelled=6, data__batch_unlabelled=4)
     assert check_world(config, ["labelled", "unlabelled"], 2) == []
     (line,) = check_world(config, ["labelled", "unlabelled"], 3)
-    assert "data.batch_unlabelled = 4 does not divide over 3 ranks: take 6" in line
+    said = "data.batch_unlabelled = 4 does not divide over 3 ranks: start 2, or in a new run take 6"
+    assert line == said, "the batches of a run that goes on cannot change"
+    assert [said.partition(": ")[2] for said in check_world(config, ["labelled", "unlabelled"], 8)] == [
+        "start 2, or in a new run take 8"
+    ] * 2
 
 
 def test_bank_must_hold_a_step(tmp_path: Path) -> None:
@@ -178,7 +182,7 @@ def test_a_group_must_divide_the_ranks(tmp_path: Path) -> None:
     config = toy.config(tmp_path, tmp_path, ccl_mpc__contrast__group=2)
     assert check_world(config, ["labelled", "unlabelled"], 6) == []
     (line,) = check_world(config, ["labelled", "unlabelled"], 3)
-    assert "ccl_mpc.contrast.group = 2 does not divide over 3 rank(s): start a multiple of 2, or in a new run" in line
+    assert "ccl_mpc.contrast.group = 2 does not divide over 3 ranks: start a multiple of 2, or in a new run" in line
 
 
 @pytest.mark.parametrize("exchange", ["auto", "naive", "keys", "anchors"])

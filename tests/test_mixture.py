@@ -266,13 +266,27 @@ def test_streams_that_follow_the_ranks_are_refused_at_another_world_size(toy_cor
     orders = {part.name: part.order for stream in made[was].values() for part in stream.parts}
     trainer.streams, trainer.world = made[now], now
     saved = {"world_size": was, "streams": {name: order.state(3) for name, order in orders.items()}}
-    streams = {4: "labelled, unlabelled, unlabelled.a", 2: "labelled, unlabelled.a"}
+    streams = {4: "4 labelled, 2 unlabelled, 2 unlabelled.a", 2: "4 labelled, 2 unlabelled.a"}
     with pytest.raises(InputError) as error:
         restore(trainer, 3, saved)
     assert str(error.value) == (
-        f"{config.folder}: its checkpoint of step 3, by {was} rank(s), has the streams {streams[was]}, and {now} "
-        f"rank(s) have {streams[now]}: go on with {was} rank(s), or in a new run set data.batch_unlabelled"
+        f"{config.folder}: its checkpoint of step 3, by {was} ranks, has {streams[was]} a microbatch, and {now} ranks "
+        f"would have {streams[now]}: go on with {was} ranks, or in a new run set data.batch_labelled and "
+        "data.batch_unlabelled"
     )
+
+
+@pytest.mark.parametrize(("was", "now"), [(1, 4), (4, 1)])
+def test_unset_batches_are_refused_at_another_world_size(toy_corpus, tmp_path, alone, was, now):
+    config = toy.config(toy_corpus, tmp_path, data__batch_labelled=None, data__batch_unlabelled=None)
+    trainer = Trainer(config, runtime.start("fp32"))
+    made = {ranks: setup.streams(config, trainer.indexes, trainer.method, trainer.cases, ranks) for ranks in (was, now)}
+    orders = {part.name: part.order for stream in made[was].values() for part in stream.parts}
+    trainer.streams, trainer.world = made[now], now
+    saved = {"world_size": was, "streams": {name: order.state(3) for name, order in orders.items()}}
+    ranks = {1: "1 rank", 4: "4 ranks"}[was]
+    with pytest.raises(InputError, match=f"by {ranks}, has .* labelled, .*: go on with {ranks}, or in a new run"):
+        restore(trainer, 3, saved)
 
 
 def test_a_corpus_of_which_nothing_is_drawn_is_told(toy_corpus, tmp_path, alone):

@@ -18,6 +18,7 @@ from cclmpc_dist.methods.exchange_plan import bank_offers
 from cclmpc_dist.methods.method import Corpus, Method, Phase
 from cclmpc_dist.methods.registry import METHODS, create
 from cclmpc_dist.training.schedule import total_steps
+from cclmpc_dist.words import counted
 
 Part = tuple[str, Index, np.ndarray, int]  # name, corpus, samples, lanes
 
@@ -72,13 +73,14 @@ def streams(
 def check_world(config: Config, streams: Sequence[str], world_size: int) -> list[str]:
     """Batches that the ranks cannot share evenly. One line a problem."""
     problems = []
+    shared = math.gcd(*(config.batch(stream, world_size) for stream in streams))
+    fewer = max(ranks for ranks in range(1, world_size + 1) if shared % ranks == 0)
     for stream in streams:
         size = config.batch(stream, world_size)
         if size % world_size:
             up = math.ceil(size / world_size) * world_size
-            problems.append(
-                f"data.batch_{stream} = {size} does not divide over {world_size} ranks: take {up}, or other ranks"
-            )
+            problems.append(f"data.batch_{stream} = {size} does not divide over {world_size} ranks: start "
+                            f"{fewer}, or in a new run take {up}")  # fmt: skip
     if "unlabelled" in streams and (left := config.lanes(world_size)[0]) < 0:
         size = config.batch("unlabelled", world_size)
         problems.append(f"data.batch_unlabelled = {size} is less than the {size - left} images of data.further: raise "
@@ -87,8 +89,9 @@ def check_world(config: Config, streams: Sequence[str], world_size: int) -> list
         return problems
     contrast = config.ccl_mpc.contrast
     if world_size % (contrast.group or world_size):
-        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {world_size} rank(s): start a "
-                        f"multiple of {contrast.group}, or in a new run set a divisor or null")  # fmt: skip
+        ranks = counted(world_size, "rank")
+        problems.append(f"ccl_mpc.contrast.group = {contrast.group} does not divide over {ranks}: start a multiple of "
+                        f"{contrast.group}, or in a new run set a divisor or null")  # fmt: skip
     offered = bank_offers(config, sum(config.batch(stream, world_size) for stream in streams))
     sharded = contrast.bank_layout == "sharded"
     if sharded:

@@ -16,6 +16,7 @@ from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.training import checkpoint
 from cclmpc_dist.training.checkpoint import Tensors
+from cclmpc_dist.words import counted
 
 if TYPE_CHECKING:
     from cclmpc_dist.training.trainer import Trainer
@@ -136,13 +137,18 @@ def _position(part: Stream, state: dict[str, Any]) -> int:
 
 
 def _check_streams(trainer: "Trainer", step: int, state: dict[str, Any]) -> None:
-    """What is left to data.path of an unset data.batch_unlabelled, perhaps nothing, follows the number of ranks."""
-    was, now = list(state["streams"]), [part.name for stream in trainer.streams.values() for part in stream.parts]
-    if set(was) != set(now):
-        ranks = state["world_size"]
-        raise InputError(f"{trainer.config.folder}: its checkpoint of step {step}, by {ranks} rank(s), has the streams "
-                         f"{', '.join(was)}, and {trainer.world} rank(s) have {', '.join(now)}: go on with {ranks} "
-                         "rank(s), or in a new run set data.batch_unlabelled")  # fmt: skip
+    """An unset batch follows the number of ranks, and what it leaves to data.path, perhaps nothing, with it."""
+    was = {name: order["batch"] for name, order in state["streams"].items()}
+    now = {part.name: part.order.batch_size for stream in trainer.streams.values() for part in stream.parts}
+    if was != now:
+        then = counted(state["world_size"], "rank")
+        raise InputError(f"{trainer.config.folder}: its checkpoint of step {step}, by {then}, has {_batches(was)} a "
+                         f"microbatch, and {counted(trainer.world, 'rank')} would have {_batches(now)}: go on with "
+                         f"{then}, or in a new run set data.batch_labelled and data.batch_unlabelled")  # fmt: skip
+
+
+def _batches(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{size} {name}" for name, size in sizes.items())
 
 
 def _restore_rank(trainer: "Trainer", modules: dict[str, nn.Module], mine: Tensors) -> None:
