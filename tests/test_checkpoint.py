@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import toy
 from disks import tmpfs
 
 from cclmpc_dist.errors import InputError, LostRanks
+from cclmpc_dist.evaluation import held_out
 from cclmpc_dist.training.checkpoint import (
     Checkpoints,
     complete_steps,
@@ -22,11 +24,11 @@ from cclmpc_dist.training.checkpoint import (
 )
 
 
-def _save(folder: Path, step: int, keep: int = 2, size: int = 10) -> Checkpoints:
+def _save(folder: Path, step: int, keep: int = 2, size: int = 10, **state: Any) -> Checkpoints:
     checkpoints = Checkpoints(folder, 0, 1, keep)
     checkpoints.prepare()
     groups = {"model": {"w": torch.full((size,), float(step))}}
-    checkpoints.save(step, groups, {"rng.cpu": torch.get_rng_state()}, {"note": "x"})
+    checkpoints.save(step, groups, {"rng.cpu": torch.get_rng_state()}, {"note": "x"} | state)
     return checkpoints
 
 
@@ -87,6 +89,30 @@ def test_torn_checkpoint_is_told_with_the_one_before_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest\.json: missing.*step-000000007 to go on from step 3"):
         read_state(tmp_path, 7)
     assert read_state(tmp_path, 3)["step"] == 3
+
+
+def test_an_evaluation_of_a_torn_checkpoint_is_told_what_else_it_can_take(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (3, 7):
+        _save(folder, step, best={"step": 3}).wait()
+    (folder / "step-000000003" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: missing.*: take --checkpoint last$"):
+        held_out._step(tmp_path, "best")
+    (folder / "step-000000007" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"remove .*step-000000007 to evaluate step 3$"):
+        held_out._step(tmp_path, "last")
+    shutil.rmtree(folder / "step-000000007")
+    with pytest.raises(InputError, match=r"remove .*step-000000003 and train again$"):
+        held_out._step(tmp_path, "last")
+
+
+def test_a_run_that_nothing_was_selected_in_has_no_best_checkpoint(tmp_path: Path) -> None:
+    config = {"data": {"select": 0}, "evaluation": {"every_steps": 5}}
+    _save(tmp_path / "checkpoints", 3, best={}, config=config).wait()
+    with pytest.raises(
+        InputError, match=r"as no validation chose one \(data\.select = 0, evaluation\.every_steps = 5\)"
+    ):
+        held_out._step(tmp_path, "best")
 
 
 def test_other_version_is_refused(tmp_path: Path) -> None:

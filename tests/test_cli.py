@@ -195,6 +195,14 @@ def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Pat
     assert "in the checkpoint" in printed
 
 
+@pytest.mark.parametrize("override", ["optim.lr=3", "budget.images=9", "evaluation_batch=2", "runs=x"])
+def test_evaluation_takes_no_setting_in_silence(override: str, small_run: Path, inside: Inside) -> None:
+    code, printed = inside("eval", small_run, "evaluation.batch=2", override)
+    assert code == 2, printed
+    assert printed.startswith(f"cclmpc: command line: {override.partition('=')[0]}: ")
+    assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("override", ["model.filters=8", "ema=0.9", "method=supervised"])
 def test_evaluation_of_another_network_is_refused(override: str, small_run: Path, inside: Inside) -> None:
     code, printed = inside("eval", small_run, override)

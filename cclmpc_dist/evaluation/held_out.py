@@ -24,6 +24,10 @@ from cclmpc_dist.words import counted
 
 Which = Literal["last", "best"]
 Split = Literal["val", "select", "unlabelled", "labelled"]
+TAKEN = (  # settings that an evaluation reads, without those that are the network's
+    "data.path", "data.cache", "data.cache_gib", "data.labelled", "data.select", "data.patch", "evaluation",
+    "precision", "channels_last", "ema", "ccl_mpc.predictor",
+)  # fmt: skip
 
 
 def evaluate_run(
@@ -38,6 +42,7 @@ def evaluate_run(
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run folder: name one that `cclmpc train` wrote")
     config = load(folder / "config.yaml", overrides)
+    _check_taken(overrides)
     device = runtime.start(config.precision).device
     index = open_corpus(config.data)
     samples = select(index, config.data.labelled, config.data.select)[split]
@@ -72,6 +77,15 @@ def evaluate_run(
     return rows, meta
 
 
+def _check_taken(overrides: Sequence[str]) -> None:
+    """Raises InputError where a setting would change nothing, or the network."""
+    keys = [item.partition("=")[0] for item in overrides]
+    others = [key for key in keys if key not in TAKEN and not key.startswith("evaluation.")]
+    if others:
+        raise InputError(f"command line: {', '.join(others)}: an evaluation has it from the run, or no use for it: "
+                         f"leave it out, or change {', '.join(TAKEN)}")  # fmt: skip
+
+
 def _meta(
     config: Config, index: Index, step: int, which: Which, weights: Literal["model", "ema"], split: Split, unit: str
 ) -> Meta:
@@ -91,7 +105,6 @@ def _meta(
 
 
 def _load(module: nn.Module, folder: Path, step: int, weights: str) -> None:
-    checkpoint.read_state(run.checkpoints_folder(folder), step)
     found = checkpoint.read_group(run.checkpoints_folder(folder), step, weights)
     if not found:
         raise InputError(f"{folder}: trained without an average of the weights: leave ema as it was")
@@ -103,12 +116,22 @@ def _load(module: nn.Module, folder: Path, step: int, weights: str) -> None:
 
 
 def _step(folder: Path, which: Which) -> int:
-    newest = run.newest(folder)
+    """The step of a checkpoint that is whole."""
+    checkpoints, newest = run.checkpoints_folder(folder), run.newest(folder)
     if newest < 0:
         raise InputError(f"{folder}: holds no complete checkpoint: train it first")
+    state = checkpoint.read_state(checkpoints, newest, _without)
     if which == "last":
         return newest
-    best = checkpoint.read_state(run.checkpoints_folder(folder), newest)["best"]
-    if not best:
-        raise InputError(f"{folder}: has no best checkpoint: train with data.select and evaluation.every_steps")
-    return int(best["step"])
+    if not state["best"]:
+        select, every = state["config"]["data"]["select"], state["config"]["evaluation"]["every_steps"]
+        raise InputError(f"{folder}: has no best checkpoint, as no validation chose one (data.select = {select}, "
+                         f"evaluation.every_steps = {every}): take --checkpoint last, or set both in a new run"
+                         )  # fmt: skip
+    best = int(state["best"]["step"])
+    checkpoint.read_state(checkpoints, best, lambda *_: "take --checkpoint last")
+    return best
+
+
+def _without(place: Path, before: list[int]) -> str:
+    return f"remove {place} {f'to evaluate step {before[-1]}' if before else 'and train again'}"

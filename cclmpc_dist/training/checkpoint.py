@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +137,26 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def read_state(folder: Path, step: int) -> dict[str, Any]:
+Remedy = Callable[[Path, list[int]], str]  # of a damaged checkpoint's folder and the steps of those before it
+
+
+def _to_go_on(place: Path, before: list[int]) -> str:
+    return f"remove {place} to {f'go on from step {before[-1]}' if before else 'start at step 0'}"
+
+
+def read_state(folder: Path, step: int, remedy: Remedy = _to_go_on) -> dict[str, Any]:
     """state.json of a checkpoint, after every file is checked against the manifest.
 
-    Raises InputError naming a file that is missing, cut or altered, manifest.json too, or a version this program
-    does not read.
+    Raises InputError naming a file that is missing, cut or altered, manifest.json too, with the remedy, which is
+    training's if none is given; or a version this program does not read.
     """
     place, steps = folder / _name(step), complete_steps(folder)
     if step not in steps:
         raise InputError(f"{place}: no such checkpoint: there are {steps or 'none'}")
     harmed = _harmed(place)
     if harmed:
-        before = [earlier for earlier in steps if earlier < step]
-        remedy = f"go on from step {before[-1]}" if before else "start at step 0"
-        raise InputError(f"{place / harmed}: missing or altered since it was written: remove {place} to {remedy}")
+        told = remedy(place, [earlier for earlier in steps if earlier < step])
+        raise InputError(f"{place / harmed}: missing or altered since it was written: {told}")
     state: dict[str, Any] = json.loads((place / "state.json").read_text())
     if state["version"] != VERSION:
         raise InputError(f"{place}: checkpoint version {state['version']}, this program reads {VERSION}")
