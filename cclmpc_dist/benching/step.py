@@ -20,7 +20,7 @@ from cclmpc_dist.benching.clock import COLLECTIVES, Clock
 from cclmpc_dist.config import Config
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
-from cclmpc_dist.records import Record, repeated
+from cclmpc_dist.records import Record, record, repeated
 from cclmpc_dist.training.monitor import Window, memory_mib
 from cclmpc_dist.training.run import environment
 from cclmpc_dist.training.throughput import (
@@ -213,29 +213,29 @@ def to_records(everyone: list[Any], sizes: dict[str, Any], flops: dict[str, int]
         steps = len(everyone[0]["stretches"][kind])
         seconds = [mean(sum(one["stretches"][kind][n].values()) for one in everyone) for n in range(steps)]
         records += _rates(kind, seconds, sizes, flops[WITHOUT if kind == WITHOUT else LOADING], top)
-    records += [_record(LOADING, name, value * 1000, "ms") for name, value in parts(everyone).items()]
+    records += [record(LOADING, name, value * 1000, "ms") for name, value in parts(everyone).items()]
     if WITHOUT in everyone[0]["stretches"]:
         quartiles = zip(("contrast_q25", "contrast_q75"), contrast_quartiles(everyone), strict=True)
-        records += [_record(LOADING, name, value * 1000, "ms") for name, value in quartiles]
+        records += [record(LOADING, name, value * 1000, "ms") for name, value in quartiles]
     for rank, one in enumerate(everyone):
         who = f"rank {rank} ({one['host']})"
-        records.append(_record(who, "busy", 1000 * busy(one["stretches"][LOADING]), "ms"))
-        records.append(_record(who, "memory", one["memory"], "MiB"))
-    records += [_record("sizes", name, value, "1") for name, value in sizes.items()]
-    return [*records, _record("sizes", "peak", top.flops / TERA, "TFLOP/s")]
+        records.append(record(who, "busy", 1000 * busy(one["stretches"][LOADING]), "ms"))
+        records.append(record(who, "memory", one["memory"], "MiB"))
+    records += [record("sizes", name, value, "1") for name, value in sizes.items()]
+    return [*records, record("sizes", "peak", top.flops / TERA, "TFLOP/s")]
 
 
 def _rates(kind: str, seconds: list[float], sizes: dict[str, Any], flops: int, top: Peak) -> list[Record]:
     middle, (low, high) = median(seconds), _quartiles(seconds)
     return [
         {"variant": kind, "metric": "seconds", "unit": "s"} | repeated(seconds),
-        _record(kind, "seconds_q25", low, "s"),
-        _record(kind, "seconds_q75", high, "s"),
-        _record(kind, "images_per_second", sizes["images"] / middle, "images/s"),
-        _record(kind, "voxels_per_second", sizes["voxels"] / middle, "voxels/s"),
-        _record(kind, "step_tflop", flops / TERA, "TFLOP"),
-        _record(kind, "tflops", flops / middle / TERA, "TFLOP/s"),
-        _record(kind, "mfu", mfu(flops, middle, top), "fraction"),
+        record(kind, "seconds_q25", low, "s"),
+        record(kind, "seconds_q75", high, "s"),
+        record(kind, "images_per_second", sizes["images"] / middle, "images/s"),
+        record(kind, "voxels_per_second", sizes["voxels"] / middle, "voxels/s"),
+        record(kind, "step_tflop", flops / TERA, "TFLOP"),
+        record(kind, "tflops", flops / middle / TERA, "TFLOP/s"),
+        record(kind, "mfu", mfu(flops, middle, top), "fraction"),
     ]
 
 
@@ -282,7 +282,3 @@ def _parts(stretches: dict[str, list[Stretches]]) -> dict[str, float]:
     found[COLLECTIVES] = median(step.get(COLLECTIVES, 0.0) for step in full)
     found["other"] = median(sum(step.values()) for step in full) - sum(found.values())
     return found
-
-
-def _record(variant: str, metric: str, value: float, unit: str) -> Record:
-    return {"variant": variant, "metric": metric, "value": value, "unit": unit}

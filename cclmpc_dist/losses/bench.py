@@ -21,7 +21,7 @@ from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.costs import Cost
 from cclmpc_dist.losses.terms import Additive
-from cclmpc_dist.records import repeated
+from cclmpc_dist.records import Record, repeated
 
 CASES = ("sbcl", "sbcl other_class", "cgcl")
 TEMPERATURE = 0.07
@@ -29,7 +29,6 @@ MIB = 2**20
 UNITS = {"seconds": "s", "peak_extra_mib": "MiB", "predicted_mib": "MiB"}
 SWEEP = {"anchors": (512, 4096), "keys": (16384, 524288), "features": (64, 128), "classes": (8,)}
 LARGEST = 2**30  # bytes of one N x M tensor up to which naive is measured
-Record = dict[str, Any]
 
 
 def bench_contrast(
