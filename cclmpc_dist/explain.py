@@ -13,7 +13,7 @@ Loc = tuple[int | str, ...]  # a place in the tree of settings, as pydantic tell
 _WORDS = {
     "tuple_type": "input should be a list, as in [64, 64, 32]",
     "model_type": "input should be a section, with `key: value` lines of its own",
-    "string_pattern_mismatch": "a name has letters, digits, _, - and . alone, and begins with neither - nor .",
+    "string_pattern_mismatch": "give letters, digits, _ and -, the first a letter or digit",
     "dict_type": "input should be a section of names, each with `key: value` lines of its own",
 }
 

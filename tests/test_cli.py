@@ -83,6 +83,7 @@ def test_from_corpus_to_report(tmp_path: Path, inside: Inside) -> None:
     batches = {"data__batch_labelled": 2, "data__batch_unlabelled": 2}
     config = write(tmp_path, toy.settings(shards, runs, budget__images=20, ema=0.9, **batches))
     code, said = cclmpc("train", config)
+    assert "`cclmpc eval` scores it" in said
     assert code == 0, said
     assert "starting at step 0" in said
     assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= set(
@@ -138,6 +139,7 @@ def test_evaluation_is_the_same_on_two_ranks(toy_corpus: Path, tmp_path: Path) -
         (["report", "nowhere"], "nowhere"),
         (["report", "{tmp}"], "no run folder: name one that `cclmpc train` wrote"),
         (["shard", "nowhere", "--format", "la-h5", "--out", "{tmp}/o"], "nowhere: no such folder"),
+        (["shard", "{tmp}", "--format", "nifti", "--labels", "no", "--out", "{tmp}/o"], "--labels no: no such folder"),
         (["shard", "many", "--format", "phantom", "--out", "{tmp}/o"], "many: --format phantom takes a number"),
         (["shard", "3", "--format", "jpeg", "--out", "{tmp}/o"], "'phantom': see `cclmpc shard --help`"),
         (["doctor", "runs"], "unexpected extra argument(s) (runs): see `cclmpc doctor --help`"),
@@ -319,6 +321,7 @@ def test_a_run_folder_that_is_a_file_is_told_in_one_line(toy_corpus: Path, tmp_p
     assert "cannot write there" in printed
     (tmp_path / "out").write_text("")
     assert inside("shard", "2", "--format", "phantom", "--out", tmp_path / "out" / "below")[0] == 2
+    assert "out: is a file" in inside("shard", "2", "--format", "phantom", "--out", tmp_path / "out")[1]
 
 
 def test_ctrl_c_saves_and_goes_on(toy_corpus: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_what_the_command_line_gave_is_not_blamed_on_the_file(tmp_path: Path) ->
         ("data.patch=[a,32,32]", "data.patch[0] = 'a': input should be a valid integer"),
         ("zzz.qqq=1", "zzz: unknown setting: known here: name, runs"),
         ("seed=-1", "seed = -1"),
-        ("name=a/b", "name = 'a/b': a name has letters, digits, _, - and . alone, and begins with neither - nor ."),
+        ("name=a/b", "name = 'a/b': give letters, digits, _ and -, the first a letter or digit"),
         ("name=..", "name = '..'"),
         ("data.labelled=true", "data.labelled = True"),
     ],

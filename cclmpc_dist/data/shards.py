@@ -112,7 +112,9 @@ def _same_as_complete(part: Part, said: dict[str, Any], own: str) -> None:
 def _workplace(part: Part, said: dict[str, Any]) -> Iterator[None]:
     """Make the folder if need be. Where the block fails before there is a shard to keep, take back what was made."""
     out = part.out
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PARTS).is_dir())):
+    if out.is_file():
+        raise InputError(f"{out}: is a file: give another --out, a folder that is made")
+    if out.is_dir() and any(out.iterdir()) and not (out / PARTS).is_dir():
         raise InputError(f"{out}: is not empty, and what is there is no corpus: give another --out")
     made = [folder for folder in (out / PARTS, out, *out.parents) if not folder.exists()]
     (out / PARTS).mkdir(parents=True, exist_ok=True)

@@ -206,7 +206,9 @@ class Trainer:
             self.checkpoints.wait()
         runtime.barrier()
         finished = self.phase == len(self.totals)
-        if self.rank == 0 and not finished:
+        if self.rank == 0 and finished:
+            self.monitor.say(f"{self.config.folder}: trained to step {self.done}: `cclmpc eval` scores it")
+        elif self.rank == 0:
             preemption.answer(self.config.folder, self.done)
             self.monitor.say(f"{self.config.folder}: saved at step {self.done}: the same command goes on from there")
         return finished

@@ -67,6 +67,8 @@ def parse(
     channels: str | None,
 ) -> Options:
     """Options from the command line's words. Raises InputError."""
+    if labels and not labels.is_dir():
+        raise InputError(f"--labels {labels}: no such folder: name the one that holds the labels")
     return Options(
         labels,
         label_suffix,
