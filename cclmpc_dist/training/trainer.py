@@ -192,6 +192,7 @@ class Trainer:
 
     def _fit(self) -> bool:
         self._start()
+        began = self.done
         try:
             with self.monitor.recording(self.done), self.profiler.watching():
                 while self.phase < len(self.totals) and not self.preempted:
@@ -206,9 +207,9 @@ class Trainer:
             self.checkpoints.wait()
         runtime.barrier()
         finished = self.phase == len(self.totals)
-        if self.rank == 0 and finished:
+        if self.rank == 0 and finished and self.done > began:
             self.monitor.say(f"{self.config.folder}: trained to step {self.done}: `cclmpc eval` scores it")
-        elif self.rank == 0:
+        elif self.rank == 0 and not finished:
             preemption.answer(self.config.folder, self.done)
             self.monitor.say(f"{self.config.folder}: saved at step {self.done}: the same command goes on from there")
         return finished
