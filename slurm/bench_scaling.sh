@@ -38,7 +38,7 @@ measure() {
     local nodes=$1 processes=$2 file=$3
     shift 3
     endpoint=$(rendezvous)
-    echo "bench_scaling.sh: $((nodes * processes)) rank(s) on $nodes node(s)"
+    echo "bench_scaling.sh: ranks $((nodes * processes)), nodes $nodes"
     agents "$nodes" "$processes" "$endpoint" "$SLURM_JOB_ID-$nodes-$processes" -m cclmpc_dist bench scale "$@" \
         --mode="$MODE" --steps="$STEPS" --out="$file"
 }

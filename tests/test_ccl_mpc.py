@@ -301,7 +301,7 @@ def test_detached_originals_carry_no_gradient_and_keep_the_value(toy_corpus: Pat
         ({"n_negatives": 8, "n_sbcl": 2, "keys": "detached"}, 2, "keys (auto: anchors", "keys (auto"),
         ({"bank_layout": "sharded"}, 2, "keys (auto", "anchors (the bank is sharded)"),
         ({"exchange": "naive"}, 2, "naive (as set)", "naive (as set)"),
-        ({"group": 2}, 4, "keys (auto", "over 2 rank(s)"),
+        ({"group": 2}, 4, "keys (auto", "over 2 ranks"),
     ],
 )
 def test_the_exchange_is_chosen_and_told(

@@ -61,7 +61,7 @@ def test_a_run_that_is_too_short_for_its_window_says_so(
 ) -> None:
     short = {"method": "supervised", "budget__images": 4, "profile__trace": True}
     assert trainer.train(parse(toy.settings(toy_corpus, tmp_path, **SHORT | short), "toy"))
-    assert "the run ended 11 step(s) before its window did: lower profile.after" in capfd.readouterr().err
+    assert "the run ended 11 steps before its window did: lower profile.after" in capfd.readouterr().err
     assert not (tmp_path / "toy" / "profile").exists()
 
 
@@ -70,7 +70,7 @@ def test_a_run_that_ends_as_its_window_begins_leaves_no_trace(
 ) -> None:
     short = {"method": "supervised", "budget__images": 12, "profile__trace": True, "profile__after": 6}
     assert trainer.train(parse(toy.settings(toy_corpus, tmp_path, **SHORT | short), "toy"))
-    assert "the run ended 3 step(s) before its window did: lower profile.after" in capfd.readouterr().err
+    assert "the run ended 3 steps before its window did: lower profile.after" in capfd.readouterr().err
     assert not (tmp_path / "toy" / "profile").exists()
 
 

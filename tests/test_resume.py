@@ -96,8 +96,8 @@ def test_sharded_bank_is_dealt_out_anew_at_another_world_size(toy_corpus: Path, 
     toy.wait_for_step(process, tmp_path / "dealt", 5)
     toy.kill(process)
     output = toy.run(3, "train", configuration)
-    assert "bank: the keys of 2 rank(s) are dealt out anew to 3, newest first; 0 had no room" in output
-    assert "cgcl: exchange anchors (the bank is sharded) over 3 rank(s)" in output
+    assert "bank: the keys of 2 ranks are dealt out anew to 3, newest first; 0 had no room" in output
+    assert "cgcl: exchange anchors (the bank is sharded) over 3 ranks" in output
     left = toy.tensors(tmp_path / "dealt" / "checkpoints/step-000000008")
     assert all(left[f"rank-{rank:05d}.safetensors/method.bank.count"].any() for rank in range(3))
     output = toy.run(2, "train", configuration)

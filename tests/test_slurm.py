@@ -242,7 +242,7 @@ def test_doctor_looks_at_both_nodes(slurm: Cluster, tmp_path: Path) -> None:
     nodes = ("--nodes=2", "--ntasks-per-node=1", f"--output={output}")
     job = slurm.wait_for(slurm.submit(*nodes, str(script), cwd=ROOT), "COMPLETED", "FAILED", "NODE_FAIL")
     assert job["JobState"] == "COMPLETED", output.read_text()
-    assert output.read_text().count("2 ranks on 1 machine(s) met") == 1  # both nodes are this host
+    assert output.read_text().count("2 ranks on 1 machine met") == 1  # both nodes are this host
     assert "taken by rank 0 and refused to the others" in output.read_text()
 
 

@@ -11,6 +11,7 @@ import torch
 from cclmpc_dist.benching import files
 from cclmpc_dist.benching.files import Report
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.words import counted
 
 
 def in_world() -> bool:
@@ -22,7 +23,7 @@ def check_cards(world: int) -> None:
     """Raises InputError for more ranks than this machine has GPUs, where it has some."""
     cards = torch.cuda.device_count()
     if torch.cuda.is_available() and world > cards:
-        raise InputError(f"--ranks {world}: this machine has {cards} GPU(s), one a rank: give fewer")
+        raise InputError(f"--ranks {world}: this machine has {counted(cards, 'GPU')}, one a rank: give fewer")
 
 
 def torchrun(world: int, threads: int, *arguments: str) -> Report:
@@ -34,6 +35,6 @@ def torchrun(world: int, threads: int, *arguments: str) -> Report:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
         if done.returncode or not out.exists():
-            raise InputError(f"bench: the measurement on {world} rank(s) ended with {done.returncode}: what it said "
-                             "stands above")  # fmt: skip
+            raise InputError(f"bench: the measurement on {counted(world, 'rank')} ended with {done.returncode}: "
+                             "what it said stands above")  # fmt: skip
         return files.read(out)

@@ -20,6 +20,7 @@ from cclmpc_dist.config import Config, load
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.records import Record
+from cclmpc_dist.words import counted
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
@@ -69,7 +70,8 @@ def launch(
         for mode in modes:
             for world in worlds:
                 if fits(config, mode, world):
-                    say(f"round {turn + 1} of {rounds}: {mode} scaling, {world} rank(s), {threads} thread(s) a rank")
+                    size = f"{counted(world, 'rank')}, {counted(threads, 'thread')} a rank"
+                    say(f"round {turn + 1} of {rounds}: {mode} scaling, {size}")
                     options = (f"--mode={mode}", f"--steps={steps}")
                     parts.append(launching.torchrun(world, threads, "scale", str(path), *overrides, *options))
                 elif not turn:

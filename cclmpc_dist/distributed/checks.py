@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cclmpc_dist.models import vnet
+from cclmpc_dist.words import counted
 
 State = Literal["OK", "warning", "failed"]
 
@@ -115,8 +116,8 @@ def cores(mine: dict[str, Any], everyone: list[dict[str, Any]]) -> list[Finding]
     threads = sum(one["threads"] for one in here)
     own = min(len(mine["cores"]), mine["quota"])
     told = (
-        f"{own:g} core(s) and {mine['threads']} OMP thread(s) for this rank, "
-        f"{count:g} core(s) for its machine's {len(here)} rank(s)"
+        f"{own:g} for this rank and its {counted(mine['threads'], 'OMP thread')}, "
+        f"{count:g} for its machine's {counted(len(here), 'rank')}"
     )
     if threads > count:
         return [Finding("cores", told, "warning", f"{threads} threads are too many: set OMP_NUM_THREADS lower")]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from cclmpc_dist.distributed import checks, folder_checks, runtime
 from cclmpc_dist.distributed.checks import Finding, attempt
 from cclmpc_dist.distributed.reduce_times import all_reduce_seconds
+from cclmpc_dist.words import counted
 
 TIMEOUT = timedelta(minutes=3)  # until ranks give up one that is lost; the checks between two gathers take less
 REDUCED = 32 * 2**20  # bytes, about the gradients of the V-Net
@@ -79,7 +80,7 @@ def _met(everyone: list[dict[str, Any]]) -> Finding:
     if len(everyone) == 1:
         return Finding("rendezvous", f"one process on {everyone[0]['host']}, nobody to meet")
     told = ", ".join(f"{host} ({ranks(members)})" for host, members in hosts.items())
-    return Finding("rendezvous", f"{len(everyone)} ranks on {len(hosts)} machine(s) met: {told}")
+    return Finding("rendezvous", f"{len(everyone)} ranks on {counted(len(hosts), 'machine')} met: {told}")
 
 
 def _reduce(device: torch.device) -> Finding:
@@ -155,7 +156,7 @@ def table(rows: list[Row], world: int) -> str:
         for line in lines
     ]
     counts = ", ".join(f"{sum(line[0] == state for line in lines)} {state}" for state in ("OK", "warning", "failed"))
-    return "\n".join([*text, f"{world} rank(s): {counts}"])
+    return "\n".join([*text, f"{counted(world, 'rank')}: {counts}"])
 
 
 def ranks(members: list[int]) -> str:

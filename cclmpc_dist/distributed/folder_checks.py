@@ -19,6 +19,7 @@ import torch
 
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.distributed.checks import Finding, State, attempt
+from cclmpc_dist.words import counted
 
 MIB, GIB = 2**20, 2**30
 PROBE = 32 * MIB  # bytes that each rank writes and reads
@@ -100,7 +101,7 @@ def _shared(room: Path) -> list[Finding]:
     missing = sorted(int(name.removeprefix("rank-")) for name in wanted - set(os.listdir(room)))
     if missing:
         return [Finding("folder shared", f"files of rank {', '.join(map(str, missing))} unseen", "failed", ELSEWHERE)]
-    return [Finding("folder shared", f"files of {len(wanted)} rank(s) seen")]
+    return [Finding("folder shared", f"files of {counted(len(wanted), 'rank')} seen")]
 
 
 def _rename(room: Path, device: torch.device) -> list[Finding]:

@@ -22,6 +22,7 @@ from cclmpc_dist.losses.terms import Additive, Part
 from cclmpc_dist.methods.exchange_plan import Choice, exchange_plan
 from cclmpc_dist.methods.method import Batch, Corpus, Method, Metrics, Phase, Terms
 from cclmpc_dist.models.dual_branch import HEAD_STRIDE, DualBranch
+from cclmpc_dist.words import counted
 
 LABELLED, UNLABELLED = 0, 1
 Pieces = list[list[Tensor]]  # [view][stream]: a slice of a tensor of them all would cost a zero gradient of its size
@@ -286,7 +287,7 @@ class CCLMPC(Method):
     def deal(self, states: list[dict[str, Tensor]]) -> str:
         assert self.bank is not None
         dropped = self.bank.deal([_bank_part(state) for state in states], group_rank(), group_size())
-        return (f"bank: the keys of {len(states)} rank(s) are dealt out anew to {group_size()}, newest first; "
+        return (f"bank: the keys of {counted(len(states), 'rank')} are dealt out anew to {group_size()}, newest first; "
                 f"{dropped} had no room")  # fmt: skip
 
     def _bank_state(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange
 from cclmpc_dist.losses.costs import Cost
 from cclmpc_dist.models.dual_branch import HEAD_STRIDE
+from cclmpc_dist.words import counted
 
 MIB, GFLOP = 2**20, 10**9
 
@@ -79,4 +80,4 @@ def _choice(term: str, config: Config, ranks: int, found: dict[Exchange, Cost]) 
     offers = ", the bank's offers among them" if term == "cgcl" and settings.bank else ""
     told = f"{cost.received / MIB:.3g} MiB received{offers}, {cost.held / MIB:.3g} MiB held"
     work = f"{cost.flops / GFLOP:.3g} GFLOP a rank and microbatch"
-    return Choice(how, f"{term}: exchange {how} ({why}) over {ranks} rank(s): {told}, {work}")
+    return Choice(how, f"{term}: exchange {how} ({why}) over {counted(ranks, 'rank')}: {told}, {work}")

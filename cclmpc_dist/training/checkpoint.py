@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cclmpc_dist.errors import InputError, LostRanks
+from cclmpc_dist.words import counted
 
 VERSION = 2
 
@@ -112,8 +113,10 @@ class Checkpoints:
         deadline = time.monotonic() + self.patience
         while missing := [file.name for file in expected if not file.exists()]:
             if time.monotonic() > deadline:
-                raise LostRanks(f"{temporary}: {len(missing)} rank(s) wrote no file within {self.patience:g} s, "
-                                f"{missing[0]} the first: the checkpoints before it are whole")  # fmt: skip
+                raise LostRanks(
+                    f"{temporary}: {counted(len(missing), 'rank')} wrote no file within {self.patience:g} s, "
+                    f"{missing[0]} the first: the checkpoints before it are whole"
+                )
             time.sleep(0.02)
         manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
         self.seconds = time.monotonic() - began

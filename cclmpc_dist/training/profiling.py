@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, record_function, schedule
 
 from cclmpc_dist.config import Profile
 from cclmpc_dist.errors import InputError
+from cclmpc_dist.words import counted
 
 PARTS = ("data wait", "losses", "forward", "contrast", "exchange", "backward", "optimiser")  # labels in the trace
 ENTRIES = 200_000  # allocations and frees that the history remembers
@@ -50,7 +51,8 @@ class Profiler:
         with self._profiler() if self.tracing else nullcontext() as self._profile:
             yield
         if self.left > 0 and (self.tracing or self.remembering):
-            self.say(f"warning: profile: the run ended {self.left} step(s) before its window did: lower profile.after")
+            left = counted(self.left, "step")
+            self.say(f"warning: profile: the run ended {left} before its window did: lower profile.after")
 
     def _profiler(self) -> torch.profiler.profile:
         return torch.profiler.profile(
@@ -94,7 +96,7 @@ class Profiler:
         if self.rank == 0:
             lines = table(profile.key_averages(), taken, self.cuda, self.settings.memory)
             self._file(f"operators-{step}.txt").write_text("\n".join(lines) + "\n")
-            for line in [f"profile: {taken} step(s), {trace}", *lines]:
+            for line in [f"profile: {counted(taken, 'step')}, {trace}", *lines]:
                 self.say(line)
 
     def _file(self, name: str) -> Path:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cclmpc_dist.words import counted
+
 FORWARD_AND_BACKWARD = 3  # FLOPs of a training step over those of its forward pass: each product has two gradients
 TERA = 1e12
 Result = TypeVar("Result")
@@ -78,7 +80,8 @@ def product_seconds(device: torch.device, precision: str) -> list[float]:
 def measured(device: torch.device, precision: str, seconds: list[float]) -> Peak:
     """The best rate of product_seconds."""
     rate = 2 * EDGE**3 / min(seconds)
-    where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    cpu = device.type == "cpu"
+    where = counted(torch.get_num_threads(), "thread") if cpu else torch.cuda.get_device_name(device)
     told = f"{rate / TERA:.3g} TFLOP/s, product of two {EDGE} x {EDGE} matrices, {KINDS[precision]}, {where}"
     return Peak(rate, f"measured: {told}, best of {ROUNDS}")
 
