@@ -197,7 +197,7 @@ def test_a_corpus_changed_under_a_run_is_refused(toy_corpus: Path, tmp_path: Pat
     assert "in the checkpoint" in printed
 
 
-@pytest.mark.parametrize("override", ["optim.lr=3", "budget.images=9", "evaluation_batch=2", "runs=x"])
+@pytest.mark.parametrize("override", ["optim.lr=3", "evaluation.every_steps=0", "evaluation_batch=2", "runs=x"])
 def test_evaluation_takes_no_setting_in_silence(override: str, small_run: Path, inside: Inside) -> None:
     code, printed = inside("eval", small_run, "evaluation.batch=2", override)
     assert code == 2, printed

@@ -25,8 +25,9 @@ from cclmpc_dist.words import counted
 Which = Literal["last", "best"]
 Split = Literal["val", "select", "unlabelled", "labelled"]
 TAKEN = (  # settings that an evaluation reads, without those that are the network's
-    "data.path", "data.cache", "data.cache_gib", "data.labelled", "data.select", "data.patch", "evaluation",
-    "precision", "channels_last", "ema", "ccl_mpc.predictor",
+    "data.path", "data.cache", "data.cache_gib", "data.labelled", "data.select", "data.patch",
+    "evaluation.stride", "evaluation.blend", "evaluation.batch", "precision", "channels_last", "ema",
+    "ccl_mpc.predictor",
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def evaluate_run(
 def _check_taken(overrides: Sequence[str]) -> None:
     """Raises InputError where a setting would change nothing, or the network."""
     keys = [item.partition("=")[0] for item in overrides]
-    others = [key for key in keys if key not in TAKEN and not key.startswith("evaluation.")]
+    others = [key for key in keys if key not in TAKEN]
     if others:
         raise InputError(f"command line: {', '.join(others)}: an evaluation has it from the run, or no use for it: "
                          f"leave it out, or change {', '.join(TAKEN)}")  # fmt: skip
