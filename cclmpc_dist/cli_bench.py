@@ -195,9 +195,8 @@ def bench_scale(
             _say(f"strong scaling, {world} ranks: left out, they do not divide the batches")
         return
     numbers = _numbers(ranks)
-    if predict and ("weak" not in modes or 1 not in numbers):
-        raise InputError(f"--predict needs weak scaling and one rank among --ranks, not --mode {mode} --ranks {ranks}: "
-                         "give --mode weak or both, and 1 among --ranks")  # fmt: skip
+    if predict:
+        scale.check_predictable(modes, numbers)
     parts = scale.launch(config, overrides or [], modes, numbers, steps, rounds, threads, _say)
     report = scale.gathered(parts, predict)
     report["meta"]["command"] = command()

@@ -22,6 +22,8 @@ from cclmpc_dist.errors import InputError
 def main() -> None:
     """Raises InputError for anything a user can mend."""
     arguments = _arguments()
+    if arguments.predict:
+        scale.check_predictable([arguments.mode], arguments.workers)
     config = at(arguments.storage, load(arguments.config, arguments.overrides))
     ray.init()
     worlds = [world for world in arguments.workers if scale.fits(config, arguments.mode, world)]

@@ -44,6 +44,8 @@ measure() {
 }
 
 points=()
+predict=(--predict)
+[ "$MODE" = weak ] || predict=() # strong scaling has no step to predict from
 for ((round = 1; round <= ROUNDS; round++)); do
     sizes=("1 1")
     [ "$PROCESSES" = 1 ] || sizes+=("1 $PROCESSES")
@@ -57,5 +59,5 @@ for ((round = 1; round <= ROUNDS; round++)); do
         [ ! -e "$file" ] || points+=("$file") # a strong scaling leaves out ranks that do not divide the batches
     done
 done
-"${python[@]}" -m cclmpc_dist bench gather "${points[@]}" --predict --out "$RESULTS/scale.json"
+"${python[@]}" -m cclmpc_dist bench gather "${points[@]}" "${predict[@]}" --out "$RESULTS/scale.json"
 echo "bench_scaling.sh: $RESULTS/scale.json, .md and .png"

@@ -148,7 +148,7 @@ def test_the_readmes_plots_are_drawn_of_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "ranks"), [("strong", "1,2"), ("weak", "2,4")])
 def test_a_prediction_needs_weak_scaling_and_one_rank(tmp_path: Path, mode: Any, ranks: str) -> None:
     absent = tmp_path / "absent.yaml"
-    with pytest.raises(InputError, match="--predict needs weak scaling and one rank among --ranks"):
+    with pytest.raises(InputError, match="--predict rests on the step of one rank in weak scaling"):
         cli_bench.bench_scale(absent, ranks=ranks, mode=mode, predict=True)
     with pytest.raises(InputError, match=r"absent\.yaml"):
         cli_bench.bench_scale(absent, ranks=ranks, mode=mode)

@@ -299,9 +299,10 @@ def test_points_of_different_configurations_make_no_report() -> None:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_point_makes_no_report() -> None:
-    with pytest.raises(InputError, match="no point was measured"):
-        scale.gathered([], clusters=False)
+@pytest.mark.parametrize(("worlds", "said"), [((), "no point was measured"), ((2,), "rests on the step of one rank")])
+def test_points_that_make_no_report(worlds: tuple[int, ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        scale.gathered(report_of({world: [1.0] for world in worlds}), clusters=True)
 
 
 def test_two_files_side_by_side(tmp_path: Path) -> None:

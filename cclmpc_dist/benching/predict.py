@@ -62,10 +62,8 @@ def local(report: dict[str, Any]) -> list[Record]:
 
 def clusters(report: dict[str, Any]) -> tuple[list[Record], dict[str, str]]:
     """Weak scaling on each of model.CLUSTERS, and what each prediction rests on. The step is the measured one where it
-    was on a GPU, else assumed from its FLOPs."""
+    was on a GPU, else assumed from its FLOPs. One rank is among those measured."""
     points = [Point(report, case) for case in _weak(report)]
-    if not points or points[0].world != 1:
-        return [], {}
     one = points[0]
     calls = points[-1]("sizes", "collective_calls") or CALLS
     gpu = report["meta"]["machine"]["gpu"]

@@ -8,7 +8,7 @@ is measured inside a process group that is there (`point`), or by ranks that tor
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -86,11 +86,15 @@ def gathered(parts: Sequence[Report], clusters: bool) -> Report:
     """One report: medians over the rounds of each point, efficiencies, the prediction for the measured world sizes
     beside what was seen, and with `clusters` for the clusters of the cost model up to 1024 GPUs.
 
-    Raises InputError where parts are of different configurations, hold no point, or there are none.
+    Raises InputError where parts are of different configurations, hold no point, or there are none, and with
+    `clusters` where one rank's weak scaling is not among them.
     """
     if not parts:
         raise InputError("no point was measured: give numbers of ranks that divide the batches")
     check_alike(parts)
+    if clusters:
+        measured = {_place(part["records"][0]["case"]) for part in parts}
+        check_predictable([MODES[mode] for mode, _ in measured], [world for mode, world in measured if mode == 0])
     rounds: dict[str, list[list[Record]]] = defaultdict(list)
     for part in parts:
         rounds[part["records"][0]["case"]].append(part["records"])
@@ -112,6 +116,13 @@ def gathered(parts: Sequence[Report], clusters: bool) -> Report:
         report["records"] += found
         meta["predicted"] = sources
     return report
+
+
+def check_predictable(modes: Collection[str], worlds: Collection[int]) -> None:
+    """Raises InputError for points from which the cost model cannot tell other world sizes."""
+    if "weak" not in modes or 1 not in worlds:
+        raise InputError("--predict rests on the step of one rank in weak scaling: measure that too, or leave "
+                         "--predict out")  # fmt: skip
 
 
 def check_alike(parts: Sequence[Report]) -> None:
