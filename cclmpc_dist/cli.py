@@ -118,7 +118,8 @@ def shard(
         cases = phantom.cases(int(source), seed, size)
     else:
         cases = sources.cases(format, source, list_file, options)
-    settings = Settings(format, classes, labelled, val_last, shard_mib << 20, compress, on_error, parts, str(options))
+    given, shard_bytes = options.given(), shard_mib << 20
+    settings = Settings(format, classes, labelled, val_last, shard_bytes, compress, on_error, parts, given)
     record = shards.write_part(cases, out, settings, number, workers or len(os.sched_getaffinity(0)))
     if record is None:
         print(f"{out}: complete already")

@@ -15,6 +15,7 @@ from corpora import numbered, told, tree, write
 from cclmpc_dist import cli
 from cclmpc_dist.data import shards
 from cclmpc_dist.data.case import Case
+from cclmpc_dist.data.formats.options import Options
 from cclmpc_dist.data.index import Index
 from cclmpc_dist.data.merge import merge
 from cclmpc_dist.data.parts import Settings
@@ -23,6 +24,7 @@ from cclmpc_dist.data.verify import verify
 from cclmpc_dist.errors import InputError
 
 LIMIT = 12000
+SEVERAL = Options(labels=Path("a b"), spacing=(1.0, 0.5, 2.0), channels=("_t1", "_t2"))
 
 
 def settings(**changes: object) -> Settings:
@@ -165,13 +167,13 @@ def test_nothing_to_merge(tmp_path: Path) -> None:
         ({"compress": "zstd"}, "--compress none, not --compress zstd"),
         ({"parts": 4}, "--part I/3, not --part I/4"),
         ({"shard_bytes": 9 << 20}, "--shard-mib 0.0114441, not --shard-mib 9"),
-        ({"options": "label_suffix=_seg"}, "no --label-suffix, not --label-suffix _seg"),
+        ({"options": {"label_suffix": "_seg"}}, "no --label-suffix, not --label-suffix _seg"),
         (
-            {"val_last": 1, "compress": "zstd", "options": "labels=a b spacing=(1.0, .5, 2.0) channels=('_t1', '_t2')"},
+            {"val_last": 1, "compress": "zstd", "options": SEVERAL.given()},
             "--compress none, not --compress zstd; no --labels, not --labels a b; "
             "no --spacing, not --spacing 1,0.5,2; no --channels, not --channels _t1,_t2: give",
         ),
-        ({"options": "label_map=((0, 127, 0), (255, 255, 1))"}, "not --label-map 0..127=0,255=1: give"),
+        ({"options": Options(label_map=((0, 127, 0), (255, 255, 1))).given()}, "not --label-map 0..127=0,255=1: give"),
     ],
 )
 def test_a_part_of_another_build_is_refused_at_once(changes: dict, said: str, parted: Path) -> None:

@@ -91,7 +91,7 @@ def test_other_labels_and_labels_that_changed_make_another_corpus(tmp_path: Path
 
     one, other = ([handle.fingerprint for handle in handles(kind)] for kind in "ab")
     assert one != other
-    options = [str(Options(labels=tmp_path / kind)) for kind in "ab"]
+    options = [Options(labels=tmp_path / kind).given() for kind in "ab"]
     assert options[0] != options[1]
 
 

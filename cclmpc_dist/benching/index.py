@@ -12,7 +12,6 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -96,7 +95,7 @@ def write_pieces(out: Path, samples: int, a_shard: int) -> None:
         name = part.shard(number).name
         entry = {"name": name, "bytes": size, "samples": len(rows.keys), "sha256": sha256(name.encode()).hexdigest()}
         rows.save(part.piece(number), shard=entry, stop=first + len(rows.keys), inputs="", settings={}, judged=[])
-    settings = asdict(Settings("bench", labelled=LABELLED, val_last=VAL)) | {"cases": samples, "keys": ""}
+    settings = Settings("bench", labelled=LABELLED, val_last=VAL).of([]) | {"cases": samples, "keys": ""}
     part.write(settings, shards=count, skipped=[], inputs="")
 
 

@@ -13,7 +13,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ import numpy as np
 from cclmpc_dist.data.case import Handle
 from cclmpc_dist.data.columns import VERSION
 from cclmpc_dist.data.encode import Compression, Sample
-from cclmpc_dist.data.formats.options import given
 from cclmpc_dist.data.index import pretty, replace
 from cclmpc_dist.data.seen import Seen
 from cclmpc_dist.errors import InputError
@@ -44,14 +43,15 @@ class Settings:
     compress: Compression = "none"
     on_error: Literal["fail", "skip"] = "fail"
     parts: int = 1
-    options: str = ""  # of the format, as given
+    options: dict[str, str] = field(default_factory=dict)  # of the format, as Options.given
 
     def of(self, cases: Sequence[Handle]) -> dict[str, Any]:
-        """As JSON, with the number and a hash of the names of the cases."""
+        """As JSON, the options among the others, with the number and a hash of the names of the cases."""
         names = hashlib.sha256()
         for case in cases:
             names.update(f"{case.key}\n".encode())
-        return asdict(self) | {"cases": len(cases), "keys": names.hexdigest()}
+        settings = asdict(self)
+        return settings | settings.pop("options") | {"cases": len(cases), "keys": names.hexdigest()}
 
 
 def settled(settings: dict[str, Any]) -> dict[str, Any]:
@@ -61,19 +61,13 @@ def settled(settings: dict[str, Any]) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The settings in which two builds differ, in the words of `cclmpc shard`."""
-    was, now = _each(old), _each(new)
-    names = [name for name in now | was if was.get(name) != now.get(name)]
+    names = [name for name in new | old if old.get(name) != new.get(name)]
     if "cases" in names:
         names.remove("keys")
     return "; ".join(
-        "other cases" if name == "keys" else f"{_option(name, was.get(name))}, not {_option(name, now.get(name))}"
+        "other cases" if name == "keys" else f"{_option(name, old.get(name))}, not {_option(name, new.get(name))}"
         for name in names
     )
-
-
-def _each(settings: dict[str, Any]) -> dict[str, Any]:
-    """With the options of the format one by one."""
-    return {name: value for name, value in settings.items() if name != "options"} | given(settings.get("options", ""))
 
 
 def _option(name: str, value: Any) -> str:

@@ -2,9 +2,9 @@
 
 import math
 import re
-from ast import literal_eval
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cclmpc_dist.data.formats.labels import LabelMap, parse_map
 from cclmpc_dist.data.formats.normalise import Rule, parse_rule
@@ -32,26 +32,19 @@ class Options:
     resize: tuple[int, ...] | None = None
     channels: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Those that samples depend on, where they are not as they come."""
+    def given(self) -> dict[str, str]:
+        """Those that samples depend on, where they are not as they come, as the command line takes them."""
         plain = Options()
-        given = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
-        return " ".join(f"{name}={value}" for name, value in given.items() if name != "classes")
+        named = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        return {name: _spelled(name, value) for name, value in named.items() if name != "classes"}
 
 
-def given(text: str) -> dict[str, str]:
-    """The fields that str(Options) named, each as the command line takes it."""
-    _, *found = re.split(rf"(?:^| )({'|'.join(vars(Options()))})=", text)
-    return {name: _spelled(name, value) for name, value in zip(found[::2], found[1::2], strict=True)}
-
-
-def _spelled(name: str, value: str) -> str:
+def _spelled(name: str, value: Any) -> str:
     if name == "label_map":
-        ranges: LabelMap = literal_eval(value)
-        return ",".join(f"{low}{f'..{high}' if high > low else ''}={number}" for low, high, number in ranges)
+        return ",".join(f"{low}{f'..{high}' if high > low else ''}={number}" for low, high, number in value)
     if name in ("spacing", "resize", "channels"):
-        return ",".join(str(part).removesuffix(".0") for part in literal_eval(value))
-    return value
+        return ",".join(str(part).removesuffix(".0") for part in value)
+    return str(value)
 
 
 def parse(
