@@ -1,6 +1,7 @@
 """`cclmpc bench`: its verbs, each a few lines. A verb imports what it needs when it runs."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,16 +10,42 @@ import typer
 
 from cclmpc_dist.errors import InputError
 
-bench = typer.Typer(help="Measure this installation; writes JSON records.", no_args_is_help=True)
+bench = typer.Typer(no_args_is_help=True)
+
+
+def _place(out: Path | None) -> Path | None:
+    from cclmpc_dist.benching import files
+
+    if out is not None:
+        files.check_out(out)
+    return out
+
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="JSON file to write, with table and plot beside as .md and .png")
+    Path | None,
+    typer.Option("--out", callback=_place, help="JSON file to write, with table and plot beside as .md and .png"),
+]
+Folder = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="on the disk that is measured: files go below it")
 ]
 Setup = Annotated[Path, typer.Argument(help="YAML file of a training run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, as in data.batch_labelled=1")]
 Steps = Annotated[int, typer.Option(min=2, help="steps that the medians are of, after two of warm-up")]
 Predict = Annotated[bool, typer.Option("--predict", help="add the cost model's clusters of up to 1024 GPUs")]
 Ranks = Annotated[int | None, typer.Option(min=2, help="start so many ranks here; unset measures the launched ones")]
+
+
+@bench.callback()
+def ended() -> None:
+    """Measure this installation; writes JSON records."""
+    if "RANK" not in os.environ:  # a launcher ends its ranks itself
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    """Leave as after an error: programs that were started end, temporary files go."""
+    _say("cclmpc: bench: ended by SIGTERM")
+    sys.exit(128 + number)
 
 
 @bench.command("loader")
@@ -65,7 +92,7 @@ def bench_store(
 
 @bench.command("index")
 def bench_index(
-    folder: Annotated[Path, typer.Option(help="an existing folder, on the disk that corpora lie on")] = Path("."),
+    folder: Folder = Path("."),
     samples: Annotated[int, typer.Option(min=100_000, help="of the corpus; its shards hold nothing")] = 10_000_000,
     shard_samples: Annotated[int, typer.Option(min=1, help="samples a shard")] = 1000,
     trials: Annotated[int, typer.Option(min=2, help="steps whose order is timed")] = 1000,
@@ -119,7 +146,7 @@ def bench_contrast(
 
 @bench.command("checkpoint")
 def bench_checkpoint(
-    folder: Annotated[Path, typer.Option(help="an existing folder on the disk that runs go to")] = Path("."),
+    folder: Folder = Path("."),
     repeats: Annotated[int, typer.Option(min=1, help="rounds that the medians are of")] = 7,
     out: Out = None,
 ) -> None:
@@ -243,6 +270,8 @@ def bench_report(report: Annotated[Path, typer.Argument(help="JSON file that ben
     """Table and plot of a JSON file, as .md and .png beside it."""
     from cclmpc_dist.benching import files
 
+    if report.suffix != ".json":
+        raise InputError(f"{report}: give a file that ends in .json: pages get its name with .md and .png")
     print(", ".join(str(path) for path in files.write_pages(files.read(report), report)))
 
 

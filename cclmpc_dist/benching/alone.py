@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -12,7 +12,23 @@ def alone(measure: Callable[..., dict[str, Any]], **job: Any) -> dict[str, Any]:
     module = sys.modules[measure.__module__]
     program = ["-m", module.__name__] if module.__package__ else [str(module.__file__)]
     command = [sys.executable, *program, measure.__name__, json.dumps(job)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    code, said = run(command, stdout=subprocess.PIPE, text=True)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    return json.loads(said)
+
+
+def run(command: Sequence[str], **options: Any) -> tuple[int, Any]:
+    """Exit code and standard output of a program, which does not outlive this one's wait: it gets SIGTERM, on which
+    torchrun ends its ranks, and is awaited. options: subprocess.Popen's."""
+    with subprocess.Popen(command, **options) as child:
+        try:
+            said, _ = child.communicate()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    return child.returncode, said
 
 
 def answer(*measures: Callable[..., dict[str, Any]]) -> bool:

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cclmpc_dist.benching import files, tables
+from cclmpc_dist.benching import alone, files, tables
 from cclmpc_dist.benching.served import nginx
 from cclmpc_dist.config import Config, load
 from cclmpc_dist.data import phantom, shards
@@ -176,10 +175,10 @@ def _run(part: Part, folder: Path) -> Outcome:
     began = time.monotonic()
     with log.open("w") as words:
         command = [sys.executable, *part.command, "--out", str(out)]
-        done = subprocess.run(command, env=os.environ | threads, stdout=words, check=False)
+        code, _ = alone.run(command, env=os.environ | threads, stdout=words)
     seconds = time.monotonic() - began
-    if done.returncode or not out.exists():
-        return Outcome(part.name, f"failed with exit code {done.returncode}", seconds, failed=True)
+    if code or not out.exists():
+        return Outcome(part.name, f"failed with exit code {code}", seconds, failed=True)
     if not out.with_suffix(".md").exists():  # of the script
         files.write_pages(files.read(out), out)
     return Outcome(part.name, part.data, seconds)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from cclmpc_dist.errors import InputError
@@ -20,6 +21,23 @@ def read(path: Path) -> Report:
     if not records or not all(isinstance(record, dict) and set(record) >= KEYS for record in records):
         raise InputError(f"{path}: holds no records: give a JSON file that cclmpc bench wrote")
     return found
+
+
+def check_out(path: Path) -> None:
+    """Raises InputError where a report cannot be written, or would replace what is none."""
+    if path.suffix != ".json" or path.is_dir():
+        raise InputError(f"--out {path}: name a file that ends in .json: table and plot get its name with .md and .png")
+    if path.exists():
+        try:
+            read(path)
+        except InputError:
+            raise InputError(f"--out {path}: is there and no report of cclmpc bench: name another file") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}): name another place") from None
 
 
 def write(report: Report, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cclmpc_dist.benching import files
+from cclmpc_dist.benching import alone, files
 from cclmpc_dist.benching.files import Report
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.words import counted
@@ -33,8 +33,8 @@ def torchrun(world: int, threads: int, *arguments: str) -> Report:
         head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
         command = [*head, "cclmpc_dist", "bench", *arguments, f"--out={out}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode or not out.exists():
-            raise InputError(f"bench: the measurement on {counted(world, 'rank')} ended with {done.returncode}: "
+        code, _ = alone.run(command, env=environment, stdout=subprocess.DEVNULL)
+        if code or not out.exists():
+            raise InputError(f"bench: the measurement on {counted(world, 'rank')} ended with {code}: "
                              "what it said stands above")  # fmt: skip
         return files.read(out)

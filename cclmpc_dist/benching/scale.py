@@ -20,6 +20,7 @@ from cclmpc_dist.config import Config, load
 from cclmpc_dist.distributed import runtime
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.records import Record
+from cclmpc_dist.training import setup
 from cclmpc_dist.words import counted
 
 Mode = Literal["weak", "strong"]
@@ -63,6 +64,7 @@ def launch(
     """Points of ranks on this machine, all world sizes in turn, `rounds` times. threads: of a rank; unset, what the
     largest world size leaves. Raises InputError where a point could not be measured."""
     config = load(path, overrides)
+    setup.streams(config, *setup.corpora(config), 1)  # what a rank would refuse
     launching.check_cards(max(worlds))
     threads = threads or max(1, len(os.sched_getaffinity(0)) // max(worlds))
     parts = []
@@ -137,7 +139,8 @@ def check_alike(parts: Sequence[Report]) -> None:
         return config
 
     for part in parts:
-        if not part["records"] or part["records"][0]["bench"] != "scale" or "config" not in part["meta"]:
+        point = part["records"] and part["records"][0]["bench"] == "scale" and "config" in part["meta"]
+        if not point or "rounds" in part["meta"]:
             raise InputError(
                 "bench gather: a file holds no point of bench scale: give those that it wrote in the ranks"
             )

@@ -13,6 +13,7 @@ from scipy import ndimage
 from cclmpc_dist.errors import InputError
 from cclmpc_dist.evaluation.metrics import mask_metrics
 from cclmpc_dist.records import record, repeated
+from cclmpc_dist.words import counted
 
 SPACING = (0.625, 0.625, 0.625)  # LA, mm
 Shape = tuple[int, int, int]
@@ -60,9 +61,7 @@ def _medpy() -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
     try:
         from medpy.metric import binary
     except ImportError:
-        raise InputError(
-            "bench eval compares with medpy, which is not installed: pip install 'cclmpc-dist[dev]'"
-        ) from None
+        raise InputError("bench eval compares with medpy, which is not installed: pip install '.[dev]'") from None
     functions = (binary.dc, binary.jc, binary.hd95, binary.asd)
     return lambda p, t: {column: float(f(p, t)) for column, f in zip(_MEDPY, functions, strict=True)}
 
@@ -75,10 +74,15 @@ def _pairs(la: Path | None, volumes: int, size: Shape) -> Iterator[tuple[str, np
 
 
 def _la_labels(la: Path | None, volumes: int) -> list[tuple[str, np.ndarray]]:
-    if la is not None and not any(la.glob("*/mri_norm2.h5")):
+    if la is None:
+        return []
+    paths = sorted(la.glob("*/mri_norm2.h5"))
+    if not paths:
         raise InputError(f"{la}: holds no <case>/mri_norm2.h5: name the folder of the LA volumes")
+    if volumes > len(paths):
+        raise InputError(f"--volumes {volumes}: {la} holds {counted(len(paths), 'volume')}: ask for fewer")
     labels = []
-    for path in sorted(la.glob("*/mri_norm2.h5"))[:volumes] if la else []:
+    for path in paths[:volumes]:
         with h5py.File(path) as file:
             labels.append((f"la {path.parent.name}", np.asarray(file["label"]) > 0))
     return labels

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cclmpc_dist.benching.alone import alone, answer, memory
+from cclmpc_dist.errors import InputError
 from cclmpc_dist.losses import costs
 from cclmpc_dist.losses.contrast import Exchange, cgcl, sbcl
 from cclmpc_dist.losses.costs import Cost
@@ -53,6 +54,8 @@ def bench_contrast(
     and memory to naive's besides, and at the first size the largest relative differences of value and gradients (norm
     of the difference over the norm). Naive is left out where one of its N x M tensors would exceed LARGEST.
     """
+    if tf32 and device == "cpu":
+        raise InputError("bench contrast --tf32: a CPU has no TF32: give --device cuda, or leave it out")
     how = {"tile": tile, "device": device, "tf32": tf32}
     base = {"anchors": anchors, "keys": keys, "features": features, "classes": classes}
     sizes = [base]
