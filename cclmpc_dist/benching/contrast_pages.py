@@ -19,6 +19,9 @@ def read(records: list[dict[str, Any]]) -> Measured:
 
 def table(measured: Measured) -> list[str]:
     lines = [
+        "N anchors, M keys, F features, K classes. naive: all logits at once; streamed: tile by tile, `keys` below.",
+        "Forward and backward; MiB beyond the inputs at the peak; each ratio is streamed over naive.",
+        "",
         "| term | N | M | F | K | naive s | streamed s | ratio | naive MiB | streamed MiB | ratio | gradients differ |",
         "|" + "---|" * 12,
     ]
@@ -36,7 +39,7 @@ def table(measured: Measured) -> list[str]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+    return "-" if value is None else f"{value:z,.{digits}f}"
 
 
 def swept(measured: Measured) -> list[str]:

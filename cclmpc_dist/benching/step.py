@@ -40,6 +40,7 @@ OWN = ("data wait", "forward", "losses", "backward", "optimiser")  # stretches t
 PARTS = ("data wait", "forward", "losses", "backward", "contrast", COLLECTIVES, "optimiser", "other")
 LOADING, SAME, WITHOUT = "with loading", "same batch", "without contrast"
 FLOAT, MIB = 4, 2**20
+UNITS = {"gradient_bytes": "B", "product_seconds": "s"}
 Stretches = dict[str, float]  # of one step, seconds
 
 
@@ -221,7 +222,7 @@ def to_records(everyone: list[Any], sizes: dict[str, Any], flops: dict[str, int]
         who = f"rank {rank} ({one['host']})"
         records.append(record(who, "busy", 1000 * busy(one["stretches"][LOADING]), "ms"))
         records.append(record(who, "memory", one["memory"], "MiB"))
-    records += [record("sizes", name, value, "1") for name, value in sizes.items()]
+    records += [record("sizes", name, value, UNITS.get(name, "1")) for name, value in sizes.items()]
     return [*records, record("sizes", "peak", top.flops / TERA, "TFLOP/s")]
 
 

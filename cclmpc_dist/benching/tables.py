@@ -5,6 +5,7 @@ from typing import Any
 
 from cclmpc_dist.benching import contrast_pages, loader_pages
 from cclmpc_dist.benching.step import LOADING, PARTS
+from cclmpc_dist.words import counted
 
 SPEED = (
     "seconds", "seconds_q25", "seconds_q75", "images_per_second", "voxels_per_second", "step_tflop", "tflops", "mfu",
@@ -71,11 +72,26 @@ def page(report: dict[str, Any]) -> str:
 def head(report: dict[str, Any]) -> list[str]:
     meta, bench = report["meta"], report["records"][0]["bench"]
     lines = [f"# bench {bench}", "", *machine(meta)]
+    if bench in ("step", "scale"):
+        lines.append(f"- {_setup(report)}")
     if "peak" in meta:
         source = meta["peak"]
-        peak = f"the peak of its row, {_without_rate(source)}" if bench == "scale" else f"a peak of {source}"
+        peak = f"the peak of its row, {_without_rate(source)}" if bench == "scale" else f"a peak, {source}"
         lines.append(f"- MFU: three times the forward pass's FLOPs, over {peak}")
+        if bench == "scale":
+            lines.append("- Each number of a row is the median over its rounds, by itself")
     return [*lines, ""]
+
+
+def _setup(report: dict[str, Any]) -> str:
+    """What a step is of, at the first point."""
+    config, cells = report["meta"]["config"], Cells(report)
+    case = report["records"][0]["case"]
+    images = cells.get(case, "sizes", "images") or 0
+    patch = " x ".join(map(str, config["data"]["patch"]))
+    layout = ", channels last" if config["channels_last"] else ""
+    return (f"{config['method']}, {images:.0f} images of {patch} voxels on {counted(ranks(case), 'rank')}, "
+            f"{config['precision']}{layout}")  # fmt: skip
 
 
 def _without_rate(source: str) -> str:
@@ -100,7 +116,7 @@ def scaling(cells: Cells) -> list[str]:
         if cases := cells.measured(mode):
             lines += [f"## {mode.capitalize()} scaling: {told}", "",
                       "| ranks | hosts | step s (quartiles) | images/s | Mvoxels/s | MFU | peak, TFLOP/s "
-                      "| efficiency (least - most) | predicted | off by, points | slowest rank |",
+                      "| efficiency (least - most) | predicted | predicted - seen, points | slowest rank |",
                       "|" + "---|" * 11]  # fmt: skip
             lines += [_row(cells, case) for case in cases] + [""]
     return lines
@@ -175,7 +191,7 @@ def prediction(cells: Cells) -> list[str]:
         return []
     worlds = sorted(next(iter(found.values())))
     sources = cells.report["meta"]["predicted"]
-    lines = ["## Predicted weak scaling", "", f"Step: {sources['step']}.", "",
+    lines = ["## Predicted weak scaling: efficiency", "", f"Step: {sources['step']}.", "",
              f"| GPUs | {' | '.join(map(str, worlds))} |", "|" + "---|" * (len(worlds) + 1)]  # fmt: skip
     for cluster, values in found.items():
         lines.append(f"| {cluster} | {' | '.join(f'{values[world]:.3f}' for world in worlds)} |")
