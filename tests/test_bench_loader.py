@@ -144,7 +144,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match=r"^--rivals lmdb: there are gzip_h5, webdataset, blosc2"):
         bench.bench_loader(rivals=("lmdb",))
     monkeypatch.setitem(sys.modules, "blosc2", None)
-    with pytest.raises(InputError, match=r"needs the extra `bench`: pip install 'cclmpc-dist\[bench\]', or leave"):
+    with pytest.raises(InputError, match=r"needs the extra `bench`: pip install '.\[bench\]', or leave"):
         bench.bench_loader()
 
 

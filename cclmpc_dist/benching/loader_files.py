@@ -77,7 +77,7 @@ def blosc2() -> Any:
     try:
         import blosc2 as module
     except ImportError:
-        raise InputError("bench loader: the rival blosc2 needs the extra `bench`: pip install 'cclmpc-dist[bench]', or "
+        raise InputError("bench loader: the rival blosc2 needs the extra `bench`: pip install '.[bench]', or "
                          "leave it out with --rivals gzip_h5,webdataset") from None  # fmt: skip
     return module
 

@@ -119,7 +119,7 @@ class S3:
             limits = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"max_attempts": 0}}
             self.files: Any = fsspec.filesystem("s3", config_kwargs=limits, use_listings_cache=False)
         except ImportError:
-            raise InputError(f"{url}: s3:// needs the extra `remote`: pip install 'cclmpc-dist[remote]'") from None
+            raise InputError(f"{url}: s3:// needs the extra `remote`: pip install '.[remote]'") from None
         self.files.retries = 1  # tries are counted here
         self.url = url
 
